@@ -1,0 +1,1 @@
+"""Kernels over packed weights: arrays in, arrays out."""

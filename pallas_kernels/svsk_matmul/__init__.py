@@ -1,0 +1,16 @@
+"""Products with packed SVSK weights: y = x Ŵᵀ."""
+
+from pallas_kernels.svsk_matmul.api import IMPLEMENTATIONS, svsk_matmul
+from pallas_kernels.svsk_matmul.reference import dequantize, take_rows
+from pallas_kernels.svsk_matmul.types import Int8Weight, PackedWeight, Sidecar, SVSKWeight
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Int8Weight",
+    "PackedWeight",
+    "SVSKWeight",
+    "Sidecar",
+    "dequantize",
+    "svsk_matmul",
+    "take_rows",
+]

