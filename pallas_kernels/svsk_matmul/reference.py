@@ -6,7 +6,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.svsk_matmul.layout import expand_groups, levels, pad_axis, unpack_codes, unpack_int6
-from pallas_kernels.svsk_matmul.types import INT8_GROUP, Int8Weight, PackedWeight, Sidecar, SVSKWeight
+from pallas_kernels.svsk_matmul.types import INT8_GROUP, SIDECAR_UNIT, Int8Weight, PackedWeight, Sidecar, SVSKWeight
 
 
 def group_scales(weight: SVSKWeight) -> Float[Array, "n g"]:
@@ -33,7 +33,7 @@ def dequantize_sidecar(sidecar: Sidecar) -> Float[Array, "n k"]:
     for (row_start, row_stop), ranks in zip(sidecar.row_spans, sidecar.ranks, strict=True):
         height, total = row_stop - row_start, sum(ranks)
         u = sidecar.u[u_at : u_at + height * total].reshape(height, total).astype(jnp.float32)
-        u = u * sidecar.scale[s_at : s_at + total].astype(jnp.float32)
+        u = u * (sidecar.scale[s_at : s_at + total].astype(jnp.float32) * SIDECAR_UNIT)
         u_at, s_at, column = u_at + height * total, s_at + total, 0
         tiles = []
         for (start, stop), rank in zip(sidecar.column_spans, ranks, strict=True):
@@ -58,7 +58,7 @@ def _equal_rank_sidecar(sidecar: Sidecar) -> Float[Array, "n k"]:
         return jnp.zeros((n, k), jnp.float32)
     height = sidecar.row_spans[0][1]
     u = pad_axis(sidecar.u.reshape(n, column_tiles * rank), 0, height).astype(jnp.float32)
-    scale = sidecar.scale.astype(jnp.float32).reshape(row_tiles, 1, column_tiles * rank)
+    scale = (sidecar.scale.astype(jnp.float32) * SIDECAR_UNIT).reshape(row_tiles, 1, column_tiles * rank)
     u = u.reshape(row_tiles, height, column_tiles * rank) * scale
     v = sidecar.v.astype(jnp.float32).reshape(row_tiles, rank * k)
     tiles = []

@@ -16,6 +16,9 @@ from pallas_kernels.svsk_matmul.layout import SUPER_GROUP, ceil_div, packed_int6
 Codebook = Literal["linear", "companded"]
 ScaleKind = Literal["flat", "two_level"]
 INT8_GROUP = 64
+"""Columns of an int8 matrix that share a scale."""
+SIDECAR_UNIT = 2.0**-14
+"""Value of a sidecar's scale of 1, for a product of two int8 numbers."""
 
 
 def _check(owner: str, field: str, value: Any, shape: tuple[int, ...], dtype: Any) -> None:
@@ -38,7 +41,8 @@ def _bytes(tree: Any) -> int:
 class Sidecar:
     """A low-rank correction S of an [N, K] matrix, one product per tile of `tile_out` rows × `tile_in` columns.
 
-    Within tile (i, j) of rank r: S = U diag(scale) V, with U int8 [rows, r], V int8 [r, columns] and scale f16 [r].
+    Within tile (i, j) of rank r: S = U diag(scale / 2¹⁴) V, with U int8 [rows, r], V int8 [r, columns] and scale f16 [r]. The constant
+    keeps `scale` near the size of the correction, where f16 is precise; without it small corrections would underflow.
 
     Invariants. `ranks[i][j]` is the rank of the tile in row tile i and column tile j (0 allowed); `tile_in` 0 means the whole of K. Leaves
     are flat and ordered by row tile first: `u` concatenates, for each row tile, the matrix [rows, Σ_j r_ij] whose columns run over

@@ -1,0 +1,17 @@
+"""Running a model: generation, sampling and chat."""
+
+from svsk_jax.runtime.chat import chat, encode_chat, encode_prompt, stop_ids
+from svsk_jax.runtime.generate import GenerationResult, TextGenerator, TextStream
+from svsk_jax.runtime.sampling import SamplingConfig, sample
+
+__all__ = [
+    "GenerationResult",
+    "SamplingConfig",
+    "TextGenerator",
+    "TextStream",
+    "chat",
+    "encode_chat",
+    "encode_prompt",
+    "sample",
+    "stop_ids",
+]

@@ -1,0 +1,102 @@
+"""Second moments of the linears' inputs, one decoder layer at a time, data-parallel over devices."""
+
+from collections.abc import Mapping
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Float32
+
+from svsk_jax.model.decoder import DecoderLayer
+from svsk_jax.quant.types import InputMoment
+
+Moments = dict[str, InputMoment]
+"""The moment of each activation that linears read, by name (`parameters.LINEAR_INPUTS`)."""
+
+
+def data_mesh() -> Mesh:
+    """All local devices along one axis, `data`."""
+    return jax.make_mesh((jax.local_device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def _moment(x: Float[Array, "b t k"], mask: Float32[Array, "b"], full: bool) -> InputMoment:
+    wide = x.astype(jnp.float32) * mask[:, None, None]
+    rows = wide.reshape(-1, x.shape[-1])
+    if full:
+        total = jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST)
+    else:
+        total = jnp.sum(rows * rows, axis=0)
+    return InputMoment(total=total, tokens=jnp.sum(mask).astype(jnp.int32) * x.shape[1])
+
+
+@partial(jax.jit, static_argnames=("mesh", "full"), donate_argnames="x")
+def layer_moments(
+    layer: DecoderLayer, x: Float[Array, "b t d"], mask: Float32[Array, "b"], mesh: Mesh, full: bool
+) -> tuple[Float[Array, "b t d"], Moments]:
+    """Run one layer on a batch of residual streams and measure what its linears read.
+
+    Args:
+        layer: the unquantized layer, replicated over the mesh.
+        x: residual stream [B, T, hidden] before the layer, B divided over the mesh's `data` axis.
+        mask: 1 for a chunk that counts, 0 for padding, [B].
+        mesh: from `data_mesh`.
+        full: keep [K, K] matrices rather than diagonals.
+
+    Returns:
+        The stream after the layer, divided like x, and the moments, f32, summed over all devices. Each activation that several linears share is measured once.
+    """
+
+    def local(layer, x, mask):
+        seen: Moments = {}
+
+        def tap(name: str, value: jax.Array) -> None:
+            seen[name] = _moment(value, mask, full)
+
+        positions = jnp.arange(x.shape[1], dtype=jnp.int32)
+        y, _ = layer(x, positions, tap=tap)
+        return y, jax.lax.psum(seen, "data")
+
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=(P("data"), P()))
+    return sharded(layer, x, mask)
+
+
+def embed_batches(
+    embedding: Float[np.ndarray, "v d"], ids: np.ndarray, batch_tokens: int, mesh: Mesh
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """The residual stream before the first layer, in equal batches divided over the mesh, and each batch's mask.
+
+    Args:
+        embedding: token embedding [vocabulary, hidden] on the host.
+        ids: chunks of tokens, int32 [chunks, length].
+        batch_tokens: tokens that one device takes at once; at least one chunk.
+        mesh: from `data_mesh`.
+    """
+    per_device = max(1, batch_tokens // ids.shape[1])
+    size = mesh.size * min(per_device, -(-len(ids) // mesh.size))
+    sharding = NamedSharding(mesh, P("data"))
+    streams, masks = [], []
+    for start in range(0, len(ids), size):
+        batch = ids[start : start + size]
+        mask = np.zeros(size, np.float32)
+        mask[: len(batch)] = 1
+        rows = np.zeros((size, ids.shape[1], embedding.shape[1]), embedding.dtype)
+        rows[: len(batch)] = embedding[batch]
+        streams.append(jax.device_put(rows, sharding))
+        masks.append(jax.device_put(mask, sharding))
+    return streams, masks
+
+
+def advance(
+    layer: DecoderLayer, streams: list[jax.Array], masks: list[jax.Array], mesh: Mesh, full: bool
+) -> Mapping[str, InputMoment]:
+    """Push every batch through a layer, in place in `streams`, and add up its moments."""
+    layer = jax.device_put(layer, NamedSharding(mesh, P()))
+    total: Moments | None = None
+    for index, mask in enumerate(masks):
+        streams[index], moments = layer_moments(layer, streams[index], mask, mesh, full)
+        total = moments if total is None else {name: total[name] + moments[name] for name in moments}
+    assert total is not None
+    return total

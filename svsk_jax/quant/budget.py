@@ -1,0 +1,86 @@
+"""Exact stored bytes, from shapes alone."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from pallas_kernels.svsk_matmul.layout import SUPER_GROUP, ceil_div, packed_int6_bytes, tile_spans
+from pallas_kernels.svsk_matmul.types import INT8_GROUP
+from svsk_jax.quant.types import QuantConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Stored size of a model."""
+
+    linear_bytes: int
+    """Bytes of the quantized decoder linears."""
+    linear_weights: int
+    """Their number of weights."""
+    total_bytes: int
+    """Bytes of every tensor, with embedding, head and norms."""
+    total_weights: int
+    """Number of parameters of the model."""
+
+    @property
+    def linear_bits(self) -> float:
+        """Bits per weight over the decoder linears."""
+        return 8 * self.linear_bytes / self.linear_weights
+
+    @property
+    def total_bits(self) -> float:
+        """Bits per parameter over the whole file."""
+        return 8 * self.total_bytes / self.total_weights
+
+
+def base_bytes(shape: tuple[int, int], config: QuantConfig) -> int:
+    """Bytes of codes, scales and codebook coefficients of an [N, K] matrix."""
+    n, k = shape
+    groups = ceil_div(k, config.group)
+    scales = 2 * groups if config.scales == "flat" else packed_int6_bytes(groups) + 2 * ceil_div(k, SUPER_GROUP)
+    coefficients = 4 if config.codebook == "companded" else 0
+    return n * (ceil_div(k, 2) + scales) + coefficients
+
+
+def sidecar_bytes(shape: tuple[int, int], config: QuantConfig) -> int:
+    """Bytes of U, V and scales of an [N, K] matrix with the recipe's rank in every tile."""
+    n, k = shape
+    rows, columns = len(tile_spans(n, config.tile.rows)), len(tile_spans(k, config.tile.columns))
+    return config.rank * (n * columns + k * rows + 2 * rows * columns)
+
+
+def linear_bytes(shape: tuple[int, int], config: QuantConfig) -> int:
+    """Bytes of an [N, K] matrix as stored under a recipe."""
+    return base_bytes(shape, config) + sidecar_bytes(shape, config)
+
+
+def embedding_bytes(shape: tuple[int, int], config: QuantConfig) -> int:
+    """Bytes of an embedding or head [vocabulary, hidden] under a recipe."""
+    n, k = shape
+    return n * (k + 2 * ceil_div(k, INT8_GROUP)) if config.embedding == "int8" else 2 * n * k
+
+
+def predict(shapes: Mapping[str, tuple[int, ...]], linears: tuple[str, ...], config: QuantConfig) -> Budget:
+    """Stored size of a model with the given parameter shapes.
+
+    Args:
+        shapes: every parameter's shape by path.
+        linears: path endings, without `.weight`, of the matrices that the recipe quantizes. Other matrices are embedding or head; vectors
+            (norms, biases) are kept as f32.
+        config: the recipe.
+    """
+    endings = tuple(f".{name}.weight" for name in linears)
+    quantized = {path: shape for path, shape in shapes.items() if path.endswith(endings)}
+    stored = 0
+    for path, shape in shapes.items():
+        if path in quantized:
+            continue
+        stored += embedding_bytes((shape[0], shape[1]), config) if len(shape) == 2 else 4 * shape[0]
+    packed = sum(linear_bytes((shape[0], shape[1]), config) for shape in quantized.values())
+    return Budget(
+        linear_bytes=packed,
+        linear_weights=sum(int(np.prod(shape)) for shape in quantized.values()),
+        total_bytes=packed + stored,
+        total_weights=sum(int(np.prod(shape)) for shape in shapes.values()),
+    )

@@ -1,0 +1,216 @@
+"""Text from a model: prompt in one step, then token by token, shown as it comes."""
+
+import dataclasses
+import time
+from collections.abc import Collection, Generator, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from svsk_jax.model import Decoder, KVCache
+from svsk_jax.runtime.detokenize import Detokenizer
+from svsk_jax.runtime.sampling import SamplingConfig, SamplingNumbers, sample
+
+SMALLEST_BUCKET = 16
+DEFAULT_CAPACITY = 4096
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationResult:
+    """What was generated and how fast. The stop token is in neither `text` nor `token_ids`.
+
+    `finish_reason` is `stop` (a stop token came) or `length` (max_tokens or the capacity was reached).
+    `prefill_seconds` runs from the padded prompt to the first token; `tokens_per_second` counts the decode
+    steps after it, stop token included, and is 0 where there were none; what the consumer does between pieces
+    counts. Neither contains compilation, which happens before each clock starts.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    prompt_tokens: int
+    prefill_seconds: float
+    tokens_per_second: float
+
+
+class TextStream(Iterator[str]):
+    """An iterator of pieces of text; `result` once it is exhausted."""
+
+    def __init__(self, pieces: Generator[str, None, GenerationResult]):
+        self._pieces = pieces
+        self._result: GenerationResult | None = None
+
+    def __next__(self) -> str:
+        try:
+            return next(self._pieces)
+        except StopIteration as stop:
+            # A second StopIteration of an exhausted generator carries no value.
+            self._result = stop.value if self._result is None else self._result
+            raise StopIteration from None
+
+    @property
+    def result(self) -> GenerationResult:
+        """The whole outcome. Raises RuntimeError while there are pieces left."""
+        if self._result is None:
+            raise RuntimeError("the text is not finished; iterate to the end before asking for the result")
+        return self._result
+
+
+class TextGenerator:
+    """Generates from one model with one tokenizer, one text at a time.
+
+    Args:
+        model: dense or packed.
+        tokenizer: the model's.
+        stop_ids: ids that end a text (`chat.stop_ids`).
+        capacity: positions of prompt and text together, each of which costs cache memory; default: the
+            model's context, at most 4096.
+
+    Raises:
+        ValueError: a capacity below 2 or above the model's context.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        stop_ids: Collection[int] = (),
+        capacity: int | None = None,
+    ):
+        context = model.config.max_position_embeddings
+        self.capacity = min(context, DEFAULT_CAPACITY) if capacity is None else capacity
+        if not 2 <= self.capacity <= context:
+            raise ValueError(
+                f"the capacity must be from 2 to the model's context of {context}, got {self.capacity}"
+            )
+        self.tokenizer = tokenizer
+        self.stop_ids = frozenset(stop_ids)
+        self._config = model.config
+        # Flattened once: taking a module apart in Python costs more than a step of a small model.
+        self._leaves, structure = jax.tree.flatten(model)
+        self._prefill = jax.jit(partial(_prefill, structure, self.capacity))
+        self._step = jax.jit(partial(_step, structure), donate_argnames="cache")
+
+    def stream(
+        self, prompt_ids: Sequence[int], *, max_tokens: int = 256, sampling: SamplingConfig | None = None
+    ) -> TextStream:
+        """Continue a prompt; text comes as soon as its characters are whole. Default: the likeliest tokens.
+
+        Raises:
+            ValueError: an empty prompt, one that leaves no room, ids outside the vocabulary, or max_tokens
+                below 1.
+        """
+        if max_tokens < 1:
+            raise ValueError(f"--max-tokens must be at least 1, got {max_tokens}")
+        if len(prompt_ids) == 0:
+            raise ValueError("the prompt is empty: give at least one token")
+        if len(prompt_ids) >= self.capacity:
+            raise ValueError(
+                f"the prompt has {len(prompt_ids)} tokens and leaves no room to answer within {self.capacity}: "
+                f"shorten it or raise the capacity (at most {self._config.max_position_embeddings}, the context)"
+            )
+        if not 0 <= min(prompt_ids) <= max(prompt_ids) < self._config.vocab_size:
+            raise ValueError(
+                f"the prompt has token ids from {min(prompt_ids)} to {max(prompt_ids)}, the vocabulary is "
+                f"{self._config.vocab_size}; use the tokenizer that belongs to the model"
+            )
+        budget = min(max_tokens, self.capacity - len(prompt_ids))
+        return TextStream(self._pieces(list(prompt_ids), budget, sampling or SamplingConfig()))
+
+    def generate(
+        self, prompt_ids: Sequence[int], *, max_tokens: int = 256, sampling: SamplingConfig | None = None
+    ) -> GenerationResult:
+        """`stream` to its end."""
+        stream = self.stream(prompt_ids, max_tokens=max_tokens, sampling=sampling)
+        for _ in stream:
+            pass
+        return stream.result
+
+    def _pieces(
+        self, prompt_ids: list[int], budget: int, sampling: SamplingConfig
+    ) -> Generator[str, None, GenerationResult]:
+        detokenizer = Detokenizer(self.tokenizer, prompt_ids)
+        numbers, key = sampling.numbers, jax.random.key(sampling.seed)
+        padded = np.zeros((1, prefill_bucket(len(prompt_ids), self.capacity)), np.int32)
+        padded[0, : len(prompt_ids)] = prompt_ids
+        prompt = (self._leaves, jnp.asarray(padded), jnp.int32(len(prompt_ids)), key, numbers)
+        # Lowering and compiling fills jit's cache, so that the timed calls find everything compiled.
+        self._prefill.lower(*prompt).compile()
+        start = time.perf_counter()
+        token, cache = self._prefill(*prompt)
+        token.block_until_ready()
+        prefill_seconds = time.perf_counter() - start
+        if budget > 1:
+            self._step.lower(self._leaves, token, cache, key, numbers).compile()
+
+        ids: list[int] = []
+        pieces: list[str] = []
+        finish_reason = "length"
+        start = time.perf_counter()
+        for remaining in reversed(range(budget)):
+            # The next step runs while this token is fetched and shown; the one after a stop token is wasted.
+            ahead = self._step(self._leaves, token, cache, key, numbers) if remaining else None
+            token_id = int(token[0])
+            if token_id in self.stop_ids:
+                finish_reason = "stop"
+                break
+            ids.append(token_id)
+            piece = detokenizer.push(token_id)
+            if piece:
+                pieces.append(piece)
+                yield piece
+            if ahead is not None:
+                token, cache = ahead
+        decode_seconds = time.perf_counter() - start
+        decoded = len(ids) + (finish_reason == "stop") - 1
+        tail = detokenizer.flush()
+        if tail:
+            pieces.append(tail)
+            yield tail
+        return GenerationResult(
+            text="".join(pieces),
+            token_ids=tuple(ids),
+            finish_reason=finish_reason,
+            prompt_tokens=len(prompt_ids),
+            prefill_seconds=prefill_seconds,
+            tokens_per_second=decoded / decode_seconds if decoded else 0.0,
+        )
+
+
+def prefill_bucket(length: int, capacity: int) -> int:
+    """The padded length of a prompt: a power of two from 16 up, at most the capacity; few shapes compile."""
+    return min(max(SMALLEST_BUCKET, 1 << (length - 1).bit_length()), capacity)
+
+
+def _prefill(
+    structure: Any,
+    capacity: int,
+    leaves: list[jax.Array],
+    tokens: jax.Array,
+    length: jax.Array,
+    key: jax.Array,
+    numbers: SamplingNumbers,
+) -> tuple[jax.Array, KVCache]:
+    model: Decoder = jax.tree.unflatten(structure, leaves)
+    logits, cache = model.extend(tokens, KVCache.empty(model.config, 1, capacity, model.dtype), length - 1)
+    # Padding lies beyond the length: no position attends to it before a later token overwrites it.
+    cache = dataclasses.replace(cache, length=length)
+    return sample(logits, jax.random.fold_in(key, length), numbers), cache
+
+
+def _step(
+    structure: Any,
+    leaves: list[jax.Array],
+    token: jax.Array,
+    cache: KVCache,
+    key: jax.Array,
+    numbers: SamplingNumbers,
+) -> tuple[jax.Array, KVCache]:
+    model: Decoder = jax.tree.unflatten(structure, leaves)
+    logits, cache = model.extend(token[:, None], cache)
+    return sample(logits, jax.random.fold_in(key, cache.length), numbers), cache

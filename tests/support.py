@@ -1,0 +1,56 @@
+"""A model in memory as a `ModelSource`, and a byte-level tokenizer, for tests of what comes after conversion."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from svsk_jax.model import ModelConfig
+from svsk_jax.model.parameters import layer_parameters, random_parameters
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token per byte, in an alphabet cut to the first 96 byte symbols and <end>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:96]
+    vocabulary = {symbol: index for index, symbol in enumerate(alphabet)} | {"<end>": 96}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<end>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+
+
+class MemorySource:
+    """Random parameters of a configuration."""
+
+    def __init__(self, config: ModelConfig, seed: int = 0):
+        self.config = config
+        self.parameters = {path: np.asarray(value) for path, value in random_parameters(config, seed).items()}
+        self.description = f"memory:{seed}"
+        self.generation_config: dict[str, Any] = {"eos_token_id": 96}
+
+    @property
+    def hf_config(self) -> dict[str, Any]:
+        return self.config.to_hf()
+
+    def outer(self, dtype: Any) -> dict[str, Any]:
+        return {
+            path: value.astype(dtype) for path, value in self.parameters.items() if not path.startswith("layers.")
+        }
+
+    def layer(self, index: int, dtype: Any) -> dict[str, Any]:
+        return {path: value.astype(dtype) for path, value in layer_parameters(self.parameters, index).items()}
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        return byte_tokenizer()
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for path, value in sorted(self.parameters.items()):
+            digest.update(path.encode() + value.tobytes())
+        return digest.hexdigest()
+
+    def local_path(self) -> Path:
+        raise NotImplementedError("in memory")
