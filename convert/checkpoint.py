@@ -21,7 +21,7 @@ SAMPLES = 256
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A model on disk, by parameter path; see `svsk_jax.model.source.ModelSource`. `sources` has every path of the config."""
+    """A model on disk, by parameter path; a `ModelSource`. `sources` has every path of the config."""
 
     description: str
     path: Path
@@ -36,11 +36,13 @@ class Checkpoint:
         """The values of one parameter, by full path, checked finite.
 
         Raises:
-            ValueError: no such parameter, or a tensor that is not floating-point, has NaN or Inf, or overflows `dtype`.
+            ValueError: no such parameter, or values that are not floats, not finite or too large for `dtype`.
         """
         source = self.sources.get(path)
         if source is None:
-            raise ValueError(f"{self.description}: no parameter {path!r}; known are {', '.join(self.sources)}")
+            raise ValueError(
+                f"{self.description}: no parameter {path!r}; known are {', '.join(self.sources)}"
+            )
         value = source.tensor.to_numpy(dtype)
         return value if source.heads is None else undo_permutation(value, source.heads)
 
@@ -59,7 +61,7 @@ class Checkpoint:
         return self.load_tokenizer()
 
     def fingerprint(self) -> str:
-        """SHA-256 over the configuration, the tensors' names, shapes and types, and evenly spaced samples of each file."""
+        """SHA-256 over configuration, tensors' paths, shapes and types, and spaced samples of each file."""
         digest = hashlib.sha256()
         layout = {path: (source.tensor.shape, source.tensor.dtype) for path, source in self.sources.items()}
         digest.update(json.dumps([self.config.to_dict(), layout], sort_keys=True).encode())

@@ -3,8 +3,7 @@
 import re
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.constants import is_offline_mode
+from huggingface_hub import is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -14,7 +13,13 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-SMALL_FILES = ["config.json", "generation_config.json", "token*", "special_tokens_map.json", "added_tokens.json"]
+SMALL_FILES = [
+    "config.json",
+    "generation_config.json",
+    "token*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+]
 SMALL_FILES += ["vocab.json", "merges.txt", "chat_template*", "*.jinja", "model.safetensors.index.json"]
 SAFETENSORS = ["model.safetensors", "model-*.safetensors"]
 TORCH = ["pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"]
@@ -26,7 +31,7 @@ def is_hub_id(model: str) -> bool:
 
 
 def fetch(model: str, revision: str | None) -> Path:
-    """The folder, in the hub's cache, of a model's snapshot; downloads what is missing unless HF_HUB_OFFLINE is set.
+    """The folder of a model's snapshot in the hub's cache, downloaded unless HF_HUB_OFFLINE is set.
 
     Raises:
         ConnectionError: the hub cannot be reached and nothing is cached.
@@ -38,19 +43,21 @@ def fetch(model: str, revision: str | None) -> Path:
         if not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(model, revision=revision, allow_patterns=SMALL_FILES + TORCH))
     except GatedRepoError as error:
-        raise ValueError(f"{asked}: access is gated; accept its terms on the hub, then run `hf auth login`") from error
+        raise ValueError(
+            f"{asked}: access is gated; accept its terms on the hub, then run `hf auth login`"
+        ) from error
     except RevisionNotFoundError as error:
         raise ValueError(f"{asked}: the model has no such branch, tag or commit") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ValueError(
-            f"{asked}: neither a local path nor a model on the hub; check the spelling, or run `hf auth login` if the "
-            "model is private"
+            f"{asked}: neither a local path nor a model on the hub; check the spelling, or run `hf auth "
+            "login` if the model is private"
         ) from error
     except LocalEntryNotFoundError as error:
         if is_offline_mode():
             raise ValueError(
-                f"{asked}: not a local path, and not in the hub's cache while HF_HUB_OFFLINE is set; unset it to "
-                "download the model, or give the path of a local copy"
+                f"{asked}: not a local path, and not in the hub's cache while HF_HUB_OFFLINE is set; "
+                "unset it to download the model, or give the path of a local copy"
             ) from error
         raise _unreachable(asked) from error
     except (HfHubHTTPError, OSError) as error:
@@ -60,6 +67,6 @@ def fetch(model: str, revision: str | None) -> Path:
 
 def _unreachable(asked: str) -> ConnectionError:
     return ConnectionError(
-        f"{asked}: not a local path, not in the hub's cache, and the hub cannot be reached; check the network, or "
-        "give the path of a local copy"
+        f"{asked}: not a local path, not in the hub's cache, and the hub cannot be reached; check the "
+        "network, or give the path of a local copy"
     )

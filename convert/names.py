@@ -1,4 +1,4 @@
-"""One table of names: parameter path ↔ Hugging Face ↔ GGUF, and the check that a checkpoint's tensors are exactly those."""
+"""One table of names, parameter path ↔ Hugging Face ↔ GGUF, and the check that a checkpoint has these."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ LISTED = 20
 
 @dataclasses.dataclass(frozen=True)
 class Name:
-    """A parameter's names; `heads` is the config field that counts the heads whose rows llama.cpp reorders."""
+    """A parameter's names; `heads` is the config field that counts heads whose rows llama.cpp reorders."""
 
     path: str
     hf: str
@@ -61,7 +61,7 @@ class Source:
 
 
 def source_names(config: ModelConfig, format: Format) -> dict[str, Name]:
-    """The names of every parameter of the model by full path; the `hf` or `gguf` field asked for is a full name too."""
+    """Names of every parameter by full path; the `hf` or `gguf` field asked for is a full name too."""
     shapes = parameter_shapes(config)
     names = {name.path: name for name in OUTER if name.path in shapes}
     for index in range(config.num_layers):
@@ -69,19 +69,23 @@ def source_names(config: ModelConfig, format: Format) -> dict[str, Name]:
         for name in LAYER:
             path = f"layers.{index}.{name.path}"
             if path in shapes:
-                names[path] = dataclasses.replace(name, **{"path": path, format: prefix + getattr(name, format)})
+                names[path] = dataclasses.replace(
+                    name, **{"path": path, format: prefix + getattr(name, format)}
+                )
     return names
 
 
 def match_tensors(
     tensors: Iterable[RawTensor], config: ModelConfig, format: Format, *, where: str, permuted: bool = False
 ) -> dict[str, Source]:
-    """Assign each tensor to the parameter it holds, by full path; every tensor and every parameter exactly once.
+    """Assign each tensor to the parameter it holds, by full path; each tensor and parameter exactly once.
 
-    `permuted`: rows of the query and key projections are in llama.cpp's order, as in GGUF files of architecture `llama`.
+    `permuted`: rows of the query and key projections are in llama.cpp's order, as in GGUF files of
+    architecture `llama`.
 
     Raises:
-        ValueError: lists every tensor that is unknown, missing, there twice or of the wrong shape. `where` heads the list.
+        ValueError: lists every tensor that is unknown, missing, there twice or of the wrong shape; `where`
+            heads the list.
     """
     shapes = parameter_shapes(config)
     names = source_names(config, format)
@@ -102,7 +106,9 @@ def match_tensors(
             matched[path] = Source(tensor=tensor, heads=heads)
             if tensor.shape != shapes[path]:
                 misshapen.append(f"{tensor.name} {list(tensor.shape)}, expected {list(shapes[path])}")
-    missing = [f"{getattr(name, format)} {list(shapes[path])}" for path, name in names.items() if path not in matched]
+    missing = [
+        f"{getattr(name, format)} {list(shapes[path])}" for path, name in names.items() if path not in matched
+    ]
     groups = {"missing": missing, "unknown": unknown, "twice": twice, "wrong shape": misshapen}
     if any(groups.values()):
         raise ValueError(_mismatch(where, config, groups))
@@ -110,7 +116,7 @@ def match_tensors(
 
 
 def undo_permutation(value: np.ndarray, heads: int) -> np.ndarray:
-    """Rows [heads · d] from llama.cpp's interleaved rotary pairs back to halves, as Hugging Face stores them."""
+    """Rows [heads · d] from llama.cpp's interleaved rotary pairs back to Hugging Face's halves."""
     rows, rest = value.shape[0], value.shape[1:]
     return value.reshape(heads, rows // heads // 2, 2, *rest).swapaxes(1, 2).reshape(rows, *rest)
 
@@ -129,7 +135,9 @@ def _ignored(name: str, config: ModelConfig, format: Format) -> bool:
 
 
 def _mismatch(where: str, config: ModelConfig, groups: Mapping[str, list[str]]) -> str:
-    lines = [f"{where}: its tensors are not those of a {config.architecture} model of {config.num_layers} layers:"]
+    lines = [
+        f"{where}: its tensors are not those of a {config.architecture} model of {config.num_layers} layers:"
+    ]
     for title, entries in groups.items():
         if entries:
             more = f", ... and {len(entries) - LISTED} more" if len(entries) > LISTED else ""

@@ -1,4 +1,4 @@
-"""Safetensors files: header checked against the file, values read by plain file reads so nothing stays mapped."""
+"""Safetensors files: header checked against the file, values by plain file reads so nothing stays mapped."""
 
 import json
 import math
@@ -37,7 +37,9 @@ def read_safetensors(path: Path) -> list[RawTensor]:
     if not isinstance(header, dict):
         raise _corrupt(path, "its header is not a JSON object")
     return [
-        _tensor(path, name, entry, 8 + length, size) for name, entry in header.items() if name != "__metadata__"
+        _tensor(path, name, entry, 8 + length, size)
+        for name, entry in header.items()
+        if name != "__metadata__"
     ]
 
 
@@ -51,14 +53,16 @@ def _tensor(path: Path, name: str, entry: Any, origin: int, size: int) -> RawTen
         raise _corrupt(path, f"tensor {name!r} ends at byte {origin + stop}, the file at byte {size}")
     # A dtype that is unknown here is refused when it is read, so its size need not be known.
     if dtype in BITS and math.prod(shape) * BITS[dtype] != 8 * (stop - start):
-        raise _corrupt(path, f"tensor {name!r} of shape {list(shape)} and type {dtype} has {stop - start} bytes")
+        raise _corrupt(
+            path, f"tensor {name!r} of shape {list(shape)} and type {dtype} has {stop - start} bytes"
+        )
 
     def read(first: int, last: int) -> np.ndarray:
         kind = np.dtype(FLOATS[dtype])
         row = math.prod(shape[1:])
         offset = origin + start + first * row * kind.itemsize
         values = np.fromfile(path, kind, count=(last - first) * row, offset=offset)
-        return values.reshape(last - first, *shape[1:]) if shape else values.reshape(())
+        return values.reshape(last - first, *shape[1:])
 
     return RawTensor(name=name, shape=shape, dtype=dtype, read=read, readable=dtype in FLOATS)
 

@@ -1,4 +1,4 @@
-"""One tensor of a checkpoint file: its shape is known, its values are read in slabs of rows when asked for."""
+"""One tensor of a checkpoint file: its shape is known, its values are read in slabs of rows on demand."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-CHUNK_VALUES = 4 << 20
+CHUNK_VALUES = 1 << 18
 """Values converted at a time: bounds the wide copies that a conversion makes beside its result."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RawTensor:
-    """A tensor on disk: `read(start, stop)` gives values `start` to `stop` of its first axis, in a float type of its own."""
+    """A tensor on disk: `read(start, stop)` gives that part of its first axis, in a float type of its own."""
 
     name: str
     shape: tuple[int, ...]
@@ -29,8 +29,8 @@ class RawTensor:
         """
         if not self.readable:
             raise ValueError(
-                f"{self.name}: expected floating-point values (F16, BF16, F32 or F64), found {self.dtype}; if the "
-                "checkpoint is already quantized (GPTQ, AWQ, FP8, ...), convert from the unquantized one"
+                f"{self.name}: expected floating-point values (F16, BF16, F32 or F64), found {self.dtype}; "
+                "if the checkpoint is quantized (GPTQ, AWQ, FP8, ...) convert from the unquantized one"
             )
         target = np.dtype(jnp.dtype(dtype))
         if not jnp.issubdtype(target, jnp.floating):
@@ -47,17 +47,18 @@ class RawTensor:
                 broken, overflowing = broken + here, overflowing + lost - here
         if broken:
             raise ValueError(
-                f"{self.name}: {broken} of {out.size} values are NaN or Inf; the checkpoint is damaged or its "
-                "training diverged: download it again or choose another revision"
+                f"{self.name}: {broken} of {out.size} values are NaN or Inf; the checkpoint is damaged or "
+                "its training diverged: download it again or choose another revision"
             )
         if overflowing:
             raise ValueError(
-                f"{self.name}: {overflowing} of {out.size} values overflow {target}; load it as bfloat16 or float32"
+                f"{self.name}: {overflowing} of {out.size} values overflow {target}; load it as "
+                "bfloat16 or float32"
             )
         return out
 
     def _slabs(self) -> Iterator[tuple[int, int]]:
-        rows = self.shape[0] if self.shape else 1
+        rows = self.shape[0]
         step = max(1, CHUNK_VALUES * rows // max(1, int(np.prod(self.shape, dtype=np.int64))))
         for start in range(0, rows, step):
             yield start, min(rows, start + step)

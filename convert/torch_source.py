@@ -1,4 +1,4 @@
-"""PyTorch state dicts (.bin, .pt), unpickled with `weights_only` and one file at a time. torch is optional."""
+"""PyTorch state dicts (.bin, .pt), unpickled with `weights_only`, one file at a time. torch is optional."""
 
 import dataclasses
 import pickle
@@ -48,7 +48,7 @@ def _tensor(shard: _OpenShard, path: Path, name: str, tensor: Any) -> RawTensor:
 
     def read(start: int, stop: int) -> np.ndarray:
         whole = shard.open(path)[name].detach()
-        part = whole[start:stop] if shape else whole
+        part = whole[start:stop]
         if dtype != "bfloat16":
             return part.numpy()
         # numpy has no bfloat16 of its own: take the bits across.
@@ -65,16 +65,16 @@ def _load(path: Path) -> Mapping[str, Any]:
         import torch
     except ImportError as error:
         raise ValueError(
-            f"{path}: reading .bin and .pt files needs torch; pip install 'svsk-jax[torch]', or use a safetensors "
-            "copy of the model"
+            f"{path}: reading .bin and .pt files needs torch; pip install 'svsk-jax[torch]', or use a "
+            "safetensors copy of the model"
         ) from error
     try:
         # Files written before torch 1.6 are not zip archives and cannot be mapped.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path}: is corrupt, or holds more than tensors, which is refused because unpickling it can run any "
-            "code; download it again or use a safetensors copy of the model"
+            f"{path}: is corrupt, or holds more than tensors, which is refused because unpickling it can "
+            "run any code; download it again or use a safetensors copy of the model"
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{path}: truncated or corrupt PyTorch file ({error}); download it again") from error
@@ -84,5 +84,7 @@ def _load(path: Path) -> Mapping[str, Any]:
         raise ValueError(f"{path}: expected a state dict of tensors, found {type(state).__name__}")
     others = [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)]
     if others:
-        raise ValueError(f"{path}: expected a state dict of tensors, but {', '.join(others[:20])} are not tensors")
+        raise ValueError(
+            f"{path}: expected a state dict of tensors, but {', '.join(others[:20])} are not tensors"
+        )
     return state

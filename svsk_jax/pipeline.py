@@ -1,6 +1,7 @@
 """The driver: decoder layers stream through load → calibrate → quantize → store, one at a time.
 
-Activations come from the unquantized model, so that a layer's statistics do not depend on the recipe and can be saved and used again.
+Activations come from the unquantized model, so that a layer's statistics do not depend on the recipe and
+can be saved and used again.
 """
 
 import dataclasses
@@ -94,7 +95,8 @@ class Stopwatch:
 
 
 def default_dtype() -> DTypeLike:
-    """Dtype of activations and dense weights: f32 on CPU, whose matrix products have no faster form, bf16 elsewhere."""
+    """Dtype of activations and dense weights: f32 on CPU, whose matrix products have no faster form, bf16
+    elsewhere."""
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
@@ -106,7 +108,8 @@ def _calibrated_layers(
     dtype: DTypeLike,
     watch: Stopwatch,
 ) -> Iterator[tuple[int, dict[str, Any], Moments]]:
-    """(index, dense parameters, moments) of each layer in turn; only one layer and the activations are held."""
+    """(index, dense parameters, moments) of each layer in turn; only one layer and the activations are
+    held."""
     mesh = data_mesh()
     embedding = np.asarray(outer["embedding.weight"]).astype(jnp.dtype(dtype))
     streams, masks = embed_batches(embedding, ids, calibration.batch_tokens, mesh)
@@ -124,11 +127,16 @@ def _calibrated_layers(
 
 
 def _refuse_packed(source: ModelSource, outer: dict[str, Any]) -> None:
-    if not isinstance(outer["embedding.weight"], (np.ndarray, jax.Array)) or getattr(source, "metadata", {}).get("recipe", "dense") != "dense":
+    if (
+        not isinstance(outer["embedding.weight"], (np.ndarray, jax.Array))
+        or getattr(source, "metadata", {}).get("recipe", "dense") != "dense"
+    ):
         raise ValueError(f"--model {source.description}: already quantized; give the unquantized checkpoint")
 
 
-def _calibration_ids(source: ModelSource, calibration: CalibrationConfig) -> tuple[np.ndarray, dict[str, Any]]:
+def _calibration_ids(
+    source: ModelSource, calibration: CalibrationConfig
+) -> tuple[np.ndarray, dict[str, Any]]:
     texts = read_texts(calibration.calib, "calibration")
     chunks = cut_chunks(
         tokenize(source.tokenizer(), texts),
@@ -137,7 +145,9 @@ def _calibration_ids(source: ModelSource, calibration: CalibrationConfig) -> tup
         source.config.max_position_embeddings,
     )
     text = {
-        "calib": calibration.calib if calibration.calib in ("builtin", "wikitext") else Path(calibration.calib).name,
+        "calib": calibration.calib
+        if calibration.calib in ("builtin", "wikitext")
+        else Path(calibration.calib).name,
         "chunks": chunks.ids.shape[0],
         "chunk_length": chunks.ids.shape[1],
         "moments": calibration.moments,
@@ -188,7 +198,8 @@ def calibrate(
 def quantize_embedding(W: Any) -> Int8Weight:
     """int8 form of an embedding or head [vocabulary, hidden], a slab of rows at a time to bound memory."""
     slabs = [
-        quantize_int8(jnp.asarray(W[start : start + EMBEDDING_SLAB])) for start in range(0, len(W), EMBEDDING_SLAB)
+        quantize_int8(jnp.asarray(W[start : start + EMBEDDING_SLAB]))
+        for start in range(0, len(W), EMBEDDING_SLAB)
     ]
     return Int8Weight(
         values=jnp.concatenate([slab.values for slab in slabs]),
@@ -319,9 +330,15 @@ def _measured_layers(
 
 
 def convert(
-    source: ModelSource, output: Path, *, dtype: DTypeLike, overwrite: bool = False, on_progress: OnProgress | None = None
+    source: ModelSource,
+    output: Path,
+    *,
+    dtype: DTypeLike,
+    overwrite: bool = False,
+    on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
-    """Store a model unquantized in our format, layer by layer, every parameter in `dtype`; returns its metadata.
+    """Store a model unquantized in our format, layer by layer, every parameter in `dtype`; returns its
+    metadata.
 
     Raises:
         ValueError: a tensor is damaged, missing or of the wrong shape.
@@ -359,4 +376,6 @@ def _require_space(output: Path, needed: int) -> None:
         parent = parent.parent
     free = shutil.disk_usage(parent).free
     if free < needed:
-        raise OSError(f"output {output}: needs {needed / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} MB free; free some space or give another --output")
+        raise OSError(
+            f"output {output}: needs {needed / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} MB free; free some space or give another --output"
+        )

@@ -1,4 +1,5 @@
-"""A model in memory as a `ModelSource`, and a byte-level tokenizer, for tests of what comes after conversion."""
+"""A model in memory as a `ModelSource`, and a byte-level tokenizer, for tests of what comes after
+conversion."""
 
 import hashlib
 from pathlib import Path
@@ -37,7 +38,9 @@ class MemorySource:
 
     def outer(self, dtype: Any) -> dict[str, Any]:
         return {
-            path: value.astype(dtype) for path, value in self.parameters.items() if not path.startswith("layers.")
+            path: value.astype(dtype)
+            for path, value in self.parameters.items()
+            if not path.startswith("layers.")
         }
 
     def layer(self, index: int, dtype: Any) -> dict[str, Any]:

@@ -24,8 +24,12 @@ def svsk_matmul(
         ValueError: x's last axis is not K, or an unknown implementation.
     """
     if x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"svsk_matmul: x has {x.shape[-1]} columns, the weight {list(weight.shape)} wants {weight.shape[1]}")
+        raise ValueError(
+            f"svsk_matmul: x has {x.shape[-1]} columns, the weight {list(weight.shape)} wants {weight.shape[1]}"
+        )
     name = implementation or "reference"
     if name not in IMPLEMENTATIONS:
-        raise ValueError(f"svsk_matmul: unknown implementation {name!r}; known are {', '.join(IMPLEMENTATIONS)}")
+        raise ValueError(
+            f"svsk_matmul: unknown implementation {name!r}; known are {', '.join(IMPLEMENTATIONS)}"
+        )
     return IMPLEMENTATIONS[name](x, weight)

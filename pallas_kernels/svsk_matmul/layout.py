@@ -1,4 +1,5 @@
-"""Bit layout of stored codes and scales, and the tiling of a matrix. Exact inverses, jit-compatible, row by row."""
+"""Bit layout of stored codes and scales, and the tiling of a matrix. Exact inverses, jit-compatible, row by
+row."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,8 @@ def packed_int6_bytes(count: int) -> int:
 
 
 def tile_spans(size: int, tile: int) -> tuple[tuple[int, int], ...]:
-    """(start, stop) of each tile along an axis of `size`; the last one may be ragged. `tile` 0 means the whole axis."""
+    """(start, stop) of each tile along an axis of `size`; the last one may be ragged. `tile` 0 means the
+    whole axis."""
     step = tile or size
     return tuple((start, min(start + step, size)) for start in range(0, size, step))
 
@@ -32,7 +34,8 @@ def pad_axis(x: Array, axis: int, multiple: int) -> Array:
 
 
 def pack_codes(codes: Int[Array, "*b n k"]) -> UInt8[Array, "*b n bytes"]:
-    """Pack 4-bit codes in 0..15: byte j of a row holds code 2j in its low nibble and 2j + 1 in its high one. An odd K ends in a zero nibble."""
+    """Pack 4-bit codes in 0..15: byte j of a row holds code 2j in its low nibble and 2j + 1 in its high
+    one. An odd K ends in a zero nibble."""
     pairs = pad_axis(codes.astype(jnp.uint8), -1, 2)
     return pairs[..., 0::2] | (pairs[..., 1::2] << 4)
 
@@ -44,7 +47,8 @@ def unpack_codes(packed: UInt8[Array, "*b n bytes"], k: int) -> UInt8[Array, "*b
 
 
 def pack_int6(values: Int[Array, "*b n g"]) -> UInt8[Array, "*b n bytes"]:
-    """Pack signed integers in -32..31 as a little-endian stream of 6-bit two's complement fields, ⌈6 g / 8⌉ bytes a row."""
+    """Pack signed integers in -32..31 as a little-endian stream of 6-bit two's complement fields, ⌈6 g / 8⌉
+    bytes a row."""
     count = values.shape[-1]
     fields = pad_axis(values.astype(jnp.int32) & 63, -1, 4)
     quads = fields.reshape(*fields.shape[:-1], -1, 4)
@@ -71,11 +75,15 @@ def expand_groups(values: Float[Array, "*b n g"], group: int, k: int) -> Float[A
 def levels(codes: UInt8[Array, "*b n k"], coefficients: jax.Array | None) -> Float[Array, "*b n k"]:
     """f32 level of each code.
 
-    Without coefficients the linear codebook, c - 8. With `coefficients` = (a, δ), f16 [..., 2], the companded one,
+    Without coefficients the linear codebook, c - 8. With `coefficients` = (a, δ), f16 [..., 2], the
+    companded one,
     t + a t³ - δ with t = c - 7.5.
     """
     if coefficients is None:
         return codes.astype(jnp.float32) - 8.0
     t = codes.astype(jnp.float32) - 7.5
-    a, delta = coefficients.astype(jnp.float32)[..., None, None, 0], coefficients.astype(jnp.float32)[..., None, None, 1]
+    a, delta = (
+        coefficients.astype(jnp.float32)[..., None, None, 0],
+        coefficients.astype(jnp.float32)[..., None, None, 1],
+    )
     return t + a * t * t * t - delta

@@ -6,7 +6,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.svsk_matmul.layout import expand_groups, levels, pad_axis, unpack_codes, unpack_int6
-from pallas_kernels.svsk_matmul.types import INT8_GROUP, SIDECAR_UNIT, Int8Weight, PackedWeight, Sidecar, SVSKWeight
+from pallas_kernels.svsk_matmul.types import (
+    INT8_GROUP,
+    SIDECAR_UNIT,
+    Int8Weight,
+    PackedWeight,
+    Sidecar,
+    SVSKWeight,
+)
 
 
 def group_scales(weight: SVSKWeight) -> Float[Array, "n g"]:
@@ -21,7 +28,9 @@ def group_scales(weight: SVSKWeight) -> Float[Array, "n g"]:
 def dequantize_base(weight: SVSKWeight) -> Float[Array, "n k"]:
     """scale · level(code) in f32, without the sidecar."""
     codes = unpack_codes(weight.codes, weight.shape[1])
-    return expand_groups(group_scales(weight), weight.group, weight.shape[1]) * levels(codes, weight.coefficients)
+    return expand_groups(group_scales(weight), weight.group, weight.shape[1]) * levels(
+        codes, weight.coefficients
+    )
 
 
 def dequantize_sidecar(sidecar: Sidecar) -> Float[Array, "n k"]:

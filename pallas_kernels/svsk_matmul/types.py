@@ -1,6 +1,8 @@
-"""The stored forms of a weight matrix, as frozen pytrees. Their shapes are invariants, checked on construction.
+"""The stored forms of a weight matrix, as frozen pytrees. Their shapes are invariants, checked on
+construction.
 
-Checks look at the trailing axes only, so a stack of weights (a leading axis on every leaf) is valid too, and they
+Checks look at the trailing axes only, so a stack of weights (a leading axis on every leaf) is valid too,
+and they
 pass over leaves without a shape, which JAX's own tree functions put in an array's place.
 """
 
@@ -25,7 +27,11 @@ def _check(owner: str, field: str, value: Any, shape: tuple[int, ...], dtype: An
     if not (hasattr(value, "shape") and hasattr(value, "dtype")):
         return
     actual = tuple(value.shape)
-    if actual[len(actual) - len(shape) :] != shape or len(actual) < len(shape) or value.dtype != jnp.dtype(dtype):
+    if (
+        actual[len(actual) - len(shape) :] != shape
+        or len(actual) < len(shape)
+        or value.dtype != jnp.dtype(dtype)
+    ):
         raise ValueError(
             f"{owner}.{field}: expected shape [..., {', '.join(map(str, shape))}] of {jnp.dtype(dtype).name}, "
             f"got {list(actual)} of {value.dtype}"
@@ -39,13 +45,18 @@ def _bytes(tree: Any) -> int:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sidecar:
-    """A low-rank correction S of an [N, K] matrix, one product per tile of `tile_out` rows × `tile_in` columns.
+    """A low-rank correction S of an [N, K] matrix, one product per tile of `tile_out` rows × `tile_in`
+    columns.
 
-    Within tile (i, j) of rank r: S = U diag(scale / 2¹⁴) V, with U int8 [rows, r], V int8 [r, columns] and scale f16 [r]. The constant
-    keeps `scale` near the size of the correction, where f16 is precise; without it small corrections would underflow.
+    Within tile (i, j) of rank r: S = U diag(scale / 2¹⁴) V, with U int8 [rows, r], V int8 [r, columns] and
+    scale f16 [r]. The constant
+    keeps `scale` near the size of the correction, where f16 is precise; without it small corrections would
+    underflow.
 
-    Invariants. `ranks[i][j]` is the rank of the tile in row tile i and column tile j (0 allowed); `tile_in` 0 means the whole of K. Leaves
-    are flat and ordered by row tile first: `u` concatenates, for each row tile, the matrix [rows, Σ_j r_ij] whose columns run over
+    Invariants. `ranks[i][j]` is the rank of the tile in row tile i and column tile j (0 allowed); `tile_in`
+    0 means the whole of K. Leaves
+    are flat and ordered by row tile first: `u` concatenates, for each row tile, the matrix [rows, Σ_j r_ij]
+    whose columns run over
     j then rank; `v` concatenates [r_ij, columns_j] and `scale` [r_ij] over i, then j.
     """
 
@@ -67,7 +78,9 @@ class Sidecar:
             raise ValueError(f"Sidecar.ranks: a rank is negative: {self.ranks}")
         u_size = sum((stop - start) * sum(row) for (start, stop), row in zip(rows, self.ranks, strict=True))
         v_size = sum(
-            rank * (stop - start) for row in self.ranks for (start, stop), rank in zip(columns, row, strict=True)
+            rank * (stop - start)
+            for row in self.ranks
+            for (start, stop), rank in zip(columns, row, strict=True)
         )
         _check("Sidecar", "u", self.u, (u_size,), jnp.int8)
         _check("Sidecar", "v", self.v, (v_size,), jnp.int8)
@@ -96,7 +109,8 @@ class SVSKWeight:
 
     Invariants, with groups of g = `group` columns (16, 32 or 64):
     - `codes`: uint8 [N, ⌈K / 2⌉], see `layout.pack_codes`.
-    - `scales`, flat: f16 [N, ⌈K / g⌉] and no `super_scales`; two-level: uint8 [N, ⌈6 ⌈K / g⌉ / 8⌉] of packed int6, and `super_scales`
+    - `scales`, flat: f16 [N, ⌈K / g⌉] and no `super_scales`; two-level: uint8 [N, ⌈6 ⌈K / g⌉ / 8⌉] of
+    packed int6, and `super_scales`
       f16 [N, ⌈K / 256⌉]; the scale of a group is its int6 times its super-scale.
     - `coefficients`: None for the linear codebook, f16 [2] = (a, δ) for the companded one.
     """
@@ -119,11 +133,15 @@ class SVSKWeight:
             _check("SVSKWeight", "scales", self.scales, (n, groups), jnp.float16)
         else:
             _check("SVSKWeight", "scales", self.scales, (n, packed_int6_bytes(groups)), jnp.uint8)
-            _check("SVSKWeight", "super_scales", self.super_scales, (n, ceil_div(k, SUPER_GROUP)), jnp.float16)
+            _check(
+                "SVSKWeight", "super_scales", self.super_scales, (n, ceil_div(k, SUPER_GROUP)), jnp.float16
+            )
         if self.coefficients is not None:
             _check("SVSKWeight", "coefficients", self.coefficients, (2,), jnp.float16)
         if isinstance(self.sidecar, Sidecar) and self.sidecar.shape != self.shape:
-            raise ValueError(f"SVSKWeight.sidecar: made for a matrix of {self.sidecar.shape}, the codes are of {self.shape}")
+            raise ValueError(
+                f"SVSKWeight.sidecar: made for a matrix of {self.sidecar.shape}, the codes are of {self.shape}"
+            )
 
     @property
     def codebook(self) -> Codebook:
@@ -149,7 +167,8 @@ class SVSKWeight:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Int8Weight:
-    """An [N, K] matrix (embedding or head) as int8 values and one f16 scale per 64 columns: Ŵ = scale · value.
+    """An [N, K] matrix (embedding or head) as int8 values and one f16 scale per 64 columns: Ŵ = scale ·
+    value.
 
     Invariants: `values` int8 [N, K], `scales` f16 [N, ⌈K / 64⌉].
     """

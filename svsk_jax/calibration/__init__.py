@@ -1,0 +1,1 @@
+"""Calibration: text, and the second moments of the linears' inputs on it."""

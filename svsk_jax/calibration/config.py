@@ -15,6 +15,7 @@ class CalibrationConfig:
     chunk_length: int | None = None
     """Tokens in a chunk; by default what the text and the model's context allow, up to 2048."""
     moments: Literal["diagonal", "full"] = "diagonal"
-    """Second moments kept of each linear's input: the diagonal, which the classic recipes use, or the full matrix."""
+    """Second moments kept of each linear's input: the diagonal, which the classic recipes use, or the full
+    matrix."""
     batch_tokens: int = 2048
     """Tokens that one device takes at once."""

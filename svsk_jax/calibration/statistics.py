@@ -46,7 +46,8 @@ def layer_moments(
         full: keep [K, K] matrices rather than diagonals.
 
     Returns:
-        The stream after the layer, divided like x, and the moments, f32, summed over all devices. Each activation that several linears share is measured once.
+        The stream after the layer, divided like x, and the moments, f32, summed over all devices. Each
+        activation that several linears share is measured once.
     """
 
     def local(layer, x, mask):
@@ -59,14 +60,17 @@ def layer_moments(
         y, _ = layer(x, positions, tap=tap)
         return y, jax.lax.psum(seen, "data")
 
-    sharded = jax.shard_map(local, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=(P("data"), P()))
+    sharded = jax.shard_map(
+        local, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=(P("data"), P())
+    )
     return sharded(layer, x, mask)
 
 
 def embed_batches(
     embedding: Float[np.ndarray, "v d"], ids: np.ndarray, batch_tokens: int, mesh: Mesh
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """The residual stream before the first layer, in equal batches divided over the mesh, and each batch's mask.
+    """The residual stream before the first layer, in equal batches divided over the mesh, and each batch's
+    mask.
 
     Args:
         embedding: token embedding [vocabulary, hidden] on the host.

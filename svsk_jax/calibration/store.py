@@ -1,4 +1,5 @@
-"""Statistics on disk: one safetensors file per decoder layer and a calibration.json, reusable across recipes."""
+"""Statistics on disk: one safetensors file per decoder layer and a calibration.json, reusable across
+recipes."""
 
 import dataclasses
 import json
@@ -24,7 +25,8 @@ def _layer_file(folder: Path, index: int) -> Path:
 
 
 def write_layer(folder: Path, index: int, moments: Mapping[str, InputMoment]) -> None:
-    """Store one layer's moments: the f32 sum under the activation's name, the token count as `<name>.tokens`."""
+    """Store one layer's moments: the f32 sum under the activation's name, the token count as
+    `<name>.tokens`."""
     arrays = {}
     for name, moment in moments.items():
         arrays[name] = np.asarray(moment.total)
@@ -48,9 +50,13 @@ class Statistics:
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"--calib-stats {folder}: {MANIFEST} is damaged ({error}); run `svsk calibrate` again") from error
+            raise ValueError(
+                f"--calib-stats {folder}: {MANIFEST} is damaged ({error}); run `svsk calibrate` again"
+            ) from error
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise ValueError(f"--calib-stats {folder}: {MANIFEST} has not format {FORMAT}; run `svsk calibrate` again")
+            raise ValueError(
+                f"--calib-stats {folder}: {MANIFEST} has not format {FORMAT}; run `svsk calibrate` again"
+            )
         return cls(folder=folder, manifest=manifest)
 
     def check_model(self, fingerprint: str, description: str) -> None:

@@ -37,8 +37,9 @@ class Chunks:
 
 
 def builtin_texts(part: Part) -> list[str]:
-    """English documentation from Python's own `pydoc_data.topics` (some 110 k tokens), split by topic: every other topic, in
-    alphabetical order, to calibration, the rest to evaluation."""  # noqa: D205, D209
+    """English documentation from Python's own `pydoc_data.topics` (some 110 k tokens), split by topic:
+    every other topic, in
+    alphabetical order, to calibration, the rest to evaluation."""
     from pydoc_data.topics import topics
 
     names = sorted(topics)
@@ -66,7 +67,8 @@ def wikitext_texts(part: Part) -> list[str]:
 def read_texts(source: str, part: Part) -> list[str]:
     """The documents of a source: `builtin`, `wikitext`, or a file.
 
-    Files: .jsonl (an object with a `text` field per line) and .parquet (a `text` column) give a document per row, anything else
+    Files: .jsonl (an object with a `text` field per line) and .parquet (a `text` column) give a document
+    per row, anything else
     is one document of UTF-8 text.
 
     Raises:
@@ -78,7 +80,9 @@ def read_texts(source: str, part: Part) -> list[str]:
         return wikitext_texts(part)
     path = Path(source).expanduser()
     if not path.is_file():
-        raise ValueError(f"text {source!r}: no such file; give 'builtin', 'wikitext' or the path of a .txt, .jsonl or .parquet file")
+        raise ValueError(
+            f"text {source!r}: no such file; give 'builtin', 'wikitext' or the path of a .txt, .jsonl or .parquet file"
+        )
     try:
         if path.suffix == ".jsonl":
             with path.open(encoding="utf-8") as file:
@@ -90,7 +94,9 @@ def read_texts(source: str, part: Part) -> list[str]:
         else:
             texts = [path.read_text(encoding="utf-8")]
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"text {source!r}: expected UTF-8 text, or rows with a 'text' field; got {error!r}") from error
+        raise ValueError(
+            f"text {source!r}: expected UTF-8 text, or rows with a 'text' field; got {error!r}"
+        ) from error
     texts = [text for text in texts if text]
     if not texts:
         raise ValueError(f"text {source!r}: the file holds no text")
@@ -109,7 +115,8 @@ def cut_chunks(ids: np.ndarray, chunks: int, length: int | None, context: int) -
     Args:
         ids: token ids, int32 [n].
         chunks: pieces wanted. Fewer when the text is short; a warning under 64.
-        length: tokens in a piece; None takes as many as `chunks` pieces leave for each, in multiples of 64, from 256 to 2048.
+        length: tokens in a piece; None takes as many as `chunks` pieces leave for each, in multiples of 64,
+            from 256 to 2048.
         context: longest piece that the model takes.
 
     Raises:
@@ -130,7 +137,8 @@ def cut_chunks(ids: np.ndarray, chunks: int, length: int | None, context: int) -
         )
     if count < FEW_CHUNKS:
         warnings.warn(
-            f"calibrating on only {count} chunks of {length} tokens; {FEW_CHUNKS} or more give steadier results", stacklevel=2
+            f"calibrating on only {count} chunks of {length} tokens; {FEW_CHUNKS} or more give steadier results",
+            stacklevel=2,
         )
     starts = np.linspace(0, len(ids) - length, count).astype(np.int64)
     return Chunks(ids=np.stack([ids[start : start + length] for start in starts]), text_tokens=len(ids))

@@ -1,0 +1,96 @@
+"""The `svsk` command."""
+
+import errno
+import signal
+import sys
+import traceback
+import warnings
+from typing import Any
+
+import tyro
+from rich.markup import escape
+
+from svsk_jax.cli.calibrate import Calibrate
+from svsk_jax.cli.common import Verb, console
+from svsk_jax.cli.convert import Convert
+from svsk_jax.cli.demo import Demo
+from svsk_jax.cli.evaluate import Evaluate
+from svsk_jax.cli.export import Export
+from svsk_jax.cli.generate import Generate
+from svsk_jax.cli.inspect import Inspect
+from svsk_jax.cli.quantize import Quantize
+from svsk_jax.storage.atomic import write_json
+
+VERBS: dict[str, type[Verb]] = {
+    "convert": Convert,
+    "calibrate": Calibrate,
+    "quantize": Quantize,
+    "evaluate": Evaluate,
+    "generate": Generate,
+    "inspect": Inspect,
+    "export": Export,
+    "demo": Demo,
+}
+USER_ERROR, OTHER_ERROR = 2, 1
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line, run the verb and exit: 0 when done, 2 for the user's mistake, 1 for anything
+    else."""
+    command = tyro.extras.subcommand_cli_from_dict(
+        VERBS,
+        prog="svsk",
+        description="Quantize large language models to about 4.5 bits per weight, and run them.",
+        args=sys.argv[1:] if arguments is None else arguments,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+    )
+    signal.signal(signal.SIGTERM, _interrupt)
+    warnings.showwarning = _show_warning
+    warnings.filterwarnings("ignore", module=r"(orbax|transformers|datasets|huggingface_hub|jax|flax)\b.*")
+    try:
+        result = command.run()
+        if command.json is not None:
+            write_json(command.json, result)
+    except BaseException as error:
+        if command.debug:
+            traceback.print_exc()
+        status, message = explain(error)
+        if message:
+            console.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+        sys.exit(status)
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+    """Exit status and message for an error that ended a verb."""
+    if isinstance(error, SystemExit):
+        return (error.code if isinstance(error.code, int) else OTHER_ERROR), ""
+    if isinstance(error, KeyboardInterrupt):
+        return OTHER_ERROR, "interrupted; no output was left behind"
+    message = str(error) or type(error).__name__
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    if full or "No space left on device" in message:
+        return (
+            OTHER_ERROR,
+            (
+                "the disk is full, no output was left behind: free some space or give another --output "
+                f"({message.splitlines()[0]})"
+            ),
+        )
+    if isinstance(
+        error, (ValueError, FileExistsError, FileNotFoundError, NotADirectoryError, NotImplementedError)
+    ):
+        return USER_ERROR, message
+    if isinstance(error, OSError):
+        return OTHER_ERROR, message
+    return (
+        OTHER_ERROR,
+        f"{type(error).__name__}: {message.splitlines()[0]} (an error in svsk; --debug shows where)",
+    )
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    console.print(f"[yellow]warning:[/] {escape(str(message))}", soft_wrap=True)

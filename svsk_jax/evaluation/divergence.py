@@ -151,7 +151,7 @@ class DivergenceReport:
     def from_tokens(
         cls, kld: np.ndarray, same_top1: np.ndarray, nll_reference: np.ndarray, nll_model: np.ndarray
     ) -> "DivergenceReport":
-        """Summarise a `TokenDivergence`'s fields, of any shape, in f64. Raises ValueError below two tokens."""
+        """Summarise a `TokenDivergence`'s fields, of any shape, in f64. ValueError below two tokens."""
         reference, model = mean_estimate(nll_reference), mean_estimate(nll_model)
         delta = mean_estimate(np.asarray(nll_model, np.float64) - np.asarray(nll_reference, np.float64))
         return cls(

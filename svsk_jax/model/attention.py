@@ -19,7 +19,8 @@ LayerCache = tuple[jax.Array, jax.Array, jax.Array]
 def rotate(
     x: Float[Array, "b t h d"], positions: Int[Array, "t"], frequencies: Float[Array, "half"]
 ) -> Float[Array, "b t h d"]:
-    """Rotary embedding in the half-split layout: the pair (xᵢ, xᵢ₊d/2) turns by positions · frequencies[i] radians; computed in f32.
+    """Rotary embedding in the half-split layout: the pair (xᵢ, xᵢ₊d/2) turns by positions · frequencies[i]
+    radians; computed in f32.
 
     Source: Su et al., "RoFormer" (2021), with Hugging Face's pairing.
     """
@@ -37,7 +38,11 @@ class Attention(nnx.Module):
             return Linear(parameters[f"attention.{name}.weight"], parameters.get(f"attention.{name}.bias"))
 
         def norm(name: str) -> RMSNorm | None:
-            return RMSNorm(parameters[f"attention.{name}.scale"], config.rms_norm_eps) if config.qk_norm else None
+            return (
+                RMSNorm(parameters[f"attention.{name}.scale"], config.rms_norm_eps)
+                if config.qk_norm
+                else None
+            )
 
         self.q, self.k, self.v, self.o = linear("q"), linear("k"), linear("v"), linear("o")
         self.q_norm, self.k_norm = norm("q_norm"), norm("k_norm")
@@ -50,7 +55,8 @@ class Attention(nnx.Module):
         cache: LayerCache | None = None,
         tap: Tap = no_tap,
     ) -> tuple[Float[Array, "b t d"], LayerCache | None]:
-        """Attend from `positions` to themselves and, with a cache, to what it holds; returns the output and the grown cache."""
+        """Attend from `positions` to themselves and, with a cache, to what it holds; returns the output and
+        the grown cache."""
         config = self.config
         tap("attention.input", x)
         q = self.q(x).reshape(*x.shape[:2], config.num_heads, config.head_dim)
@@ -71,7 +77,9 @@ class Attention(nnx.Module):
             mask = slots[None, :] <= positions[:, None]
             if config.sliding_window is not None:
                 mask &= slots[None, :] > positions[:, None] - config.sliding_window
-            mixed = jax.nn.dot_product_attention(q, keys.astype(q.dtype), values.astype(q.dtype), mask=mask[None, None])
+            mixed = jax.nn.dot_product_attention(
+                q, keys.astype(q.dtype), values.astype(q.dtype), mask=mask[None, None]
+            )
             cache = (keys, values, length + x.shape[1])
         mixed = mixed.reshape(*x.shape[:2], config.num_heads * config.head_dim)
         tap("attention.output", mixed)

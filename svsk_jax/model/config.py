@@ -19,7 +19,8 @@ HF_CLASSES: dict[str, Architecture] = {
 class RopeScaling:
     """How rotary frequencies differ from `theta ** (-2 i / head_dim)`.
 
-    `linear` divides every frequency by `factor`. `llama3` divides the low ones by `factor`, keeps the high ones and
+    `linear` divides every frequency by `factor`. `llama3` divides the low ones by `factor`, keeps the high
+    ones and
     interpolates between (Llama 3.1, `rope_type: llama3`). `factors` divides frequency i by `factors[i]`: the
     form in which a GGUF file stores the outcome of llama3 scaling.
     """
@@ -36,7 +37,8 @@ class RopeScaling:
 class ModelConfig:
     """A pre-norm decoder with RMSNorm, rotary attention with grouped KV heads, and a SiLU-gated MLP.
 
-    Invariants, checked on construction: `num_heads` is a multiple of `num_kv_heads`, `head_dim` is even, every size is positive.
+    Invariants, checked on construction: `num_heads` is a multiple of `num_kv_heads`, `head_dim` is even,
+    every size is positive.
     """
 
     architecture: Architecture
@@ -59,7 +61,15 @@ class ModelConfig:
     sliding_window: int | None = None
 
     def __post_init__(self):
-        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
+        for field in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+        ):
             if getattr(self, field) <= 0:
                 raise ValueError(f"config.json: {field} must be positive, got {getattr(self, field)}")
         if self.num_heads % self.num_kv_heads:
@@ -93,7 +103,8 @@ class ModelConfig:
         """Read a Hugging Face config.json (the layouts of transformers 4 and 5).
 
         Raises:
-            ValueError: unknown architecture or activation, or a missing key; names it and lists what is known.
+            ValueError: unknown architecture or activation, or a missing key; names it and lists what is
+            known.
             NotImplementedError: a variant of a known architecture that the decoder lacks.
         """
         names = config.get("architectures") or []
@@ -110,11 +121,19 @@ class ModelConfig:
             raise ValueError(f"config.json: hidden_act must be 'silu', got {activation!r}")
         missing = [
             key
-            for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+            for key in (
+                "vocab_size",
+                "hidden_size",
+                "intermediate_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+            )
             if not isinstance(config.get(key), int)
         ]
         if missing:
-            raise ValueError(f"config.json: expected integers under {', '.join(missing)}; is the file complete?")
+            raise ValueError(
+                f"config.json: expected integers under {', '.join(missing)}; is the file complete?"
+            )
         if architecture in ("qwen2", "qwen3") and config.get("use_sliding_window"):
             raise NotImplementedError("config.json: use_sliding_window=true is not supported for Qwen models")
         heads = config["num_attention_heads"]
@@ -128,7 +147,8 @@ class ModelConfig:
             num_layers=config["num_hidden_layers"],
             num_heads=heads,
             num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or (128 if architecture == "qwen3" else config["hidden_size"] // heads),
+            head_dim=config.get("head_dim")
+            or (128 if architecture == "qwen3" else config["hidden_size"] // heads),
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
             rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
             max_position_embeddings=config.get("max_position_embeddings", 2048),
@@ -147,7 +167,9 @@ class ModelConfig:
         Raises:
             NotImplementedError: rotary `factors` have no name in transformers.
         """
-        hf_class = next(name for name, architecture in HF_CLASSES.items() if architecture == self.architecture)
+        hf_class = next(
+            name for name, architecture in HF_CLASSES.items() if architecture == self.architecture
+        )
         config: dict[str, Any] = {
             "architectures": [hf_class],
             "model_type": self.architecture,
@@ -217,4 +239,6 @@ def _rope_scaling(scaling: Mapping[str, Any] | None) -> RopeScaling | None:
             high_freq_factor=float(scaling["high_freq_factor"]),
             original_max_position_embeddings=int(scaling["original_max_position_embeddings"]),
         )
-    raise NotImplementedError(f"config.json: rope scaling {kind!r} is not supported; known are default, linear, llama3")
+    raise NotImplementedError(
+        f"config.json: rope scaling {kind!r} is not supported; known are default, linear, llama3"
+    )

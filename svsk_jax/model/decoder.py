@@ -58,9 +58,11 @@ class DecoderLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A causal language model. `parameters` are named by full path (`parameters.parameter_shapes`); matrices may be packed.
+    """A causal language model. `parameters` are named by full path (`parameters.parameter_shapes`);
+    matrices may be packed.
 
-    A module is a pytree: `jax.jit(lambda model, tokens: model(tokens))` is how to run it. Activations have `dtype`.
+    A module is a pytree: `jax.jit(lambda model, tokens: model(tokens))` is how to run it. Activations have
+    `dtype`.
     """
 
     def __init__(self, config: ModelConfig, parameters: Mapping[str, Any], dtype: DTypeLike = jnp.float32):
@@ -84,7 +86,8 @@ class Decoder(nnx.Module):
     def extend(
         self, tokens: Int[Array, "b t"], cache: KVCache, last: Int[Array, ""] | None = None
     ) -> tuple[Float[Array, "b v"], KVCache]:
-        """Append tokens after the cache's positions; f32 logits after index `last` (default the final one) and the grown cache.
+        """Append tokens after the cache's positions; f32 logits after index `last` (default the final one)
+        and the grown cache.
 
         The caller keeps `cache.length + t <= cache.capacity`.
         """

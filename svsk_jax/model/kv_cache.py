@@ -14,7 +14,8 @@ from svsk_jax.model.config import ModelConfig
 class KVCache:
     """Room for `capacity` positions of every layer.
 
-    Invariants: `keys` and `values` hold one array [B, capacity, KV heads, head_dim] per layer; positions below `length` (int32 scalar)
+    Invariants: `keys` and `values` hold one array [B, capacity, KV heads, head_dim] per layer; positions
+    below `length` (int32 scalar)
     are filled.
     """
 

@@ -50,4 +50,8 @@ class Embedding(nnx.Module):
     def __call__(self, tokens: Int[Array, "*b"], dtype: DTypeLike) -> Float[Array, "*b d"]:
         """Look tokens up, in `dtype`."""
         weight = self.weight.get_value()
-        return take_rows(weight, tokens, dtype) if isinstance(weight, Int8Weight) else weight[tokens].astype(dtype)
+        return (
+            take_rows(weight, tokens, dtype)
+            if isinstance(weight, Int8Weight)
+            else weight[tokens].astype(dtype)
+        )

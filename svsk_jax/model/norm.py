@@ -7,7 +7,8 @@ from jaxtyping import Array, Float
 
 
 class RMSNorm(nnx.Module):
-    """y = x / √(mean(x²) + ε) · scale over the last axis; computed in f32, y in x's dtype (Zhang & Sennrich, 2019)."""
+    """y = x / √(mean(x²) + ε) · scale over the last axis; computed in f32, y in x's dtype (Zhang &
+    Sennrich, 2019)."""
 
     def __init__(self, scale: jax.Array, eps: float):
         self.scale = nnx.Param(scale)

@@ -1,6 +1,7 @@
 """The declared parameters of a decoder: one table of paths and shapes that every other part reads.
 
-A parameter's path is its place in the module tree: `embedding.weight`, `layers.3.attention.q.weight`, `final_norm.scale`, `head.weight`.
+A parameter's path is its place in the module tree: `embedding.weight`, `layers.3.attention.q.weight`,
+`final_norm.scale`, `head.weight`.
 Matrices are stored [out, in], as in the checkpoints, so `y = x Wᵀ`.
 """
 
@@ -90,7 +91,8 @@ def layer_parameters(parameters: Mapping[str, Any], index: int) -> dict[str, Any
 
 
 def random_parameters(config: ModelConfig, seed: int, dtype: DTypeLike = np.float32) -> dict[str, jax.Array]:
-    """Random parameters of the right shapes, for tests and benchmarks: matrices ~ N(0, 1/in), scales near 1."""
+    """Random parameters of the right shapes, for tests and benchmarks: matrices ~ N(0, 1/in), scales near
+    1."""
     rng = np.random.default_rng(seed)
     parameters = {}
     for path, shape in parameter_shapes(config).items():

@@ -10,7 +10,8 @@ from svsk_jax.model.config import ModelConfig
 
 
 class ModelSource(Protocol):
-    """A model that is read piece by piece. Dense values come as numpy arrays of the asked dtype; packed ones as they are stored."""
+    """A model that is read piece by piece. Dense values come as numpy arrays of the asked dtype; packed
+    ones as they are stored."""
 
     @property
     def description(self) -> str:

@@ -38,7 +38,9 @@ def base_bytes(shape: tuple[int, int], config: QuantConfig) -> int:
     """Bytes of codes, scales and codebook coefficients of an [N, K] matrix."""
     n, k = shape
     groups = ceil_div(k, config.group)
-    scales = 2 * groups if config.scales == "flat" else packed_int6_bytes(groups) + 2 * ceil_div(k, SUPER_GROUP)
+    scales = (
+        2 * groups if config.scales == "flat" else packed_int6_bytes(groups) + 2 * ceil_div(k, SUPER_GROUP)
+    )
     coefficients = 4 if config.codebook == "companded" else 0
     return n * (ceil_div(k, 2) + scales) + coefficients
 
@@ -66,7 +68,8 @@ def predict(shapes: Mapping[str, tuple[int, ...]], linears: tuple[str, ...], con
 
     Args:
         shapes: every parameter's shape by path.
-        linears: path endings, without `.weight`, of the matrices that the recipe quantizes. Other matrices are embedding or head; vectors
+        linears: path endings, without `.weight`, of the matrices that the recipe quantizes. Other matrices
+            are embedding or head; vectors
             (norms, biases) are kept as f32.
         config: the recipe.
     """

@@ -9,7 +9,8 @@ from svsk_jax.quant.types import InputMoment
 
 @jax.jit
 def output_energy(E: Float[Array, "n k"], moment: InputMoment) -> Float[Array, ""]:
-    """tr(E H Eᵀ): mean square over tokens of E x, summed over outputs; with a diagonal moment, Σ hₖ eₙₖ². f32."""
+    """tr(E H Eᵀ): mean square over tokens of E x, summed over outputs; with a diagonal moment, Σ hₖ eₙₖ².
+    f32."""
     E = E.astype(jnp.float32)
     if moment.is_full:
         return jnp.sum(jnp.matmul(E, moment.mean, precision=jax.lax.Precision.HIGHEST) * E)

@@ -1,6 +1,5 @@
 """int8 with an f16 scale per 64 columns, for embeddings and heads."""
 
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float

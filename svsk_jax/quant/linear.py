@@ -15,7 +15,8 @@ from svsk_jax.quant.types import InputMoment, QuantConfig, SVSKWeight
 
 @functools.partial(jax.jit, static_argnames="config")
 def quantize_linear(W: Float[Array, "n k"], moment: InputMoment, config: QuantConfig) -> SVSKWeight:
-    """The stored form of W [N, K] under a recipe, from the second moment of its input. A pure function: the same input gives the same bytes.
+    """The stored form of W [N, K] under a recipe, from the second moment of its input. A pure function: the
+    same input gives the same bytes.
 
     Raises:
         NotImplementedError: the recipe asks for a codebook or scales that no search here fills.

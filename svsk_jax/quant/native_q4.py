@@ -31,8 +31,10 @@ def search_scales(
 ) -> tuple[Int[Array, "n k"], Float[Array, "n g"]]:
     """Codes and f16 scales of the linear codebook that minimise Σₖ hₖ (wₖ - s·cₖ)² group by group.
 
-    For each candidate scale (a clip ratio and a sign, since codes reach -8 but only 7): round, refit the scale to those codes by weighted least squares, s = Σ h w c / Σ h c²,
-    round it to f16, round the weights again, and keep the candidate with the least error. All arithmetic in f32.
+    For each candidate scale (a clip ratio and a sign, since codes reach -8 but only 7): round, refit the
+    scale to those codes by weighted least squares, s = Σ h w c / Σ h c²,
+    round it to f16, round the weights again, and keep the candidate with the least error. All arithmetic in
+    f32.
 
     Args:
         W: weights [N, K], f32.
@@ -46,7 +48,8 @@ def search_scales(
     w = pad_axis(W, 1, group).reshape(n, -1, group)
     h = pad_axis(h[None], 1, group).reshape(1, -1, group)
     h = jnp.where(jnp.sum(h, axis=-1, keepdims=True) > 0, h, 1.0)
-    # Error is compared within a group only, so each group's weights may be scaled to a mean of 1, which keeps tiny statistics from underflowing.
+    # Error is compared within a group only, so each group's weights may be scaled to a mean of 1, which
+    # keeps tiny statistics from underflowing.
     h = h / jnp.mean(h, axis=-1, keepdims=True)
     peak_at = jnp.argmax(jnp.abs(w), axis=-1, keepdims=True)
     end_to_end = jnp.take_along_axis(w, peak_at, axis=-1)[..., 0] / -8

@@ -14,9 +14,11 @@ POWER_ITERATIONS = 4
 
 
 def low_rank(A: Float[Array, "m n"], rank: int) -> tuple[Float[Array, "m {rank}"], Float[Array, "{rank} n"]]:
-    """Factors of the best rank-r approximation of A in the Frobenius norm, U [m, r] with orthonormal columns and V [r, n], f32.
+    """Factors of the best rank-r approximation of A in the Frobenius norm, U [m, r] with orthonormal
+    columns and V [r, n], f32.
 
-    Randomised subspace iteration with a fixed seed (Halko, Martinsson & Tropp, 2011, algorithm 4.4), so the same A gives the same factors.
+    Randomised subspace iteration with a fixed seed (Halko, Martinsson & Tropp, 2011, algorithm 4.4), so the
+    same A gives the same factors.
     Past the smaller side of A the factors are zero.
     """
     m, n = A.shape
@@ -45,7 +47,8 @@ def _to_int8(x: Float[Array, "*b a c"], axis: int) -> tuple[Int8[Array, "*b a c"
 
 @functools.partial(jax.jit, static_argnames=("tile", "rank"))
 def fit_diagonal(E: Float[Array, "n k"], h: Float[Array, "k"], tile: tuple[int, int], rank: int) -> Sidecar:
-    """The sidecar that minimises Σ hₖ (E - U V)² in each tile: SVD_r(E·D)·D⁻¹ with D = √diag(h), rounded to int8.
+    """The sidecar that minimises Σ hₖ (E - U V)² in each tile: SVD_r(E·D)·D⁻¹ with D = √diag(h), rounded to
+    int8.
 
     Args:
         E: residual W - Ŵ of the base, f32 [N, K].
@@ -66,7 +69,8 @@ def fit_diagonal(E: Float[Array, "n k"], h: Float[Array, "k"], tile: tuple[int, 
     U, u_step = _to_int8(U, axis=-2)
     V, v_step = _to_int8(V, axis=-1)
     scale = jnp.clip(u_step * v_step / SIDECAR_UNIT, 0, 65504).astype(jnp.float16)
-    # Rows of all row tiles in order, and for each row its ranks by column tile: what `Sidecar.u` holds when ranks are equal.
+    # Rows of all row tiles in order, and for each row its ranks by column tile: what `Sidecar.u` holds when
+    # ranks are equal.
     u = U.transpose(0, 2, 1, 3).reshape(row_tiles * height, column_tiles * rank)[:n]
     v = jnp.concatenate(
         [

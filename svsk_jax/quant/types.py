@@ -6,7 +6,14 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.svsk_matmul.types import Codebook, Int8Weight, PackedWeight, ScaleKind, Sidecar, SVSKWeight
+from pallas_kernels.svsk_matmul.types import (
+    Codebook,
+    Int8Weight,
+    PackedWeight,
+    ScaleKind,
+    Sidecar,
+    SVSKWeight,
+)
 
 __all__ = [
     "RECIPES",
@@ -32,7 +39,9 @@ class TileShape:
 
     def __post_init__(self):
         if self.rows < 1 or self.columns < 0:
-            raise ValueError(f"TileShape: rows must be at least 1 and columns at least 0, got {self.rows} × {self.columns}")
+            raise ValueError(
+                f"TileShape: rows must be at least 1 and columns at least 0, got {self.rows} × {self.columns}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +86,8 @@ def recipe(name: str) -> QuantConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InputMoment:
-    """Sum over calibration tokens of x xᵀ for a linear's input x: f32 [K, K], or only its diagonal [K]; and how many tokens.
+    """Sum over calibration tokens of x xᵀ for a linear's input x: f32 [K, K], or only its diagonal [K]; and
+    how many tokens.
 
     Moments of disjoint tokens add: `a + b`.
     """

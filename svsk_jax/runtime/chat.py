@@ -18,7 +18,7 @@ def stop_ids(generation_config: Mapping[str, Any], tokenizer: PreTrainedTokenize
     """Ids that end a text: `eos_token_id` (one or a list) of generation_config.json, and the tokenizer's."""
     declared = generation_config.get("eos_token_id")
     ids = declared if isinstance(declared, list | tuple) else [declared]
-    return frozenset(int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None)
+    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if isinstance(i, int))
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -17,6 +17,8 @@ from svsk_jax.runtime.sampling import SamplingConfig, SamplingNumbers, sample
 
 SMALLEST_BUCKET = 16
 DEFAULT_CAPACITY = 4096
+CacheArrays = tuple[tuple[jax.Array, ...], tuple[jax.Array, ...], jax.Array]
+"""Keys, values and length of a KVCache, whose own type refuses the placeholders that lowering puts in it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,7 @@ class TextGenerator:
             )
         self.tokenizer = tokenizer
         self.stop_ids = frozenset(stop_ids)
-        self._config = model.config
+        self.config = model.config
         # Flattened once: taking a module apart in Python costs more than a step of a small model.
         self._leaves, structure = jax.tree.flatten(model)
         self._prefill = jax.jit(partial(_prefill, structure, self.capacity))
@@ -111,13 +113,13 @@ class TextGenerator:
             raise ValueError("the prompt is empty: give at least one token")
         if len(prompt_ids) >= self.capacity:
             raise ValueError(
-                f"the prompt has {len(prompt_ids)} tokens and leaves no room to answer within {self.capacity}: "
-                f"shorten it or raise the capacity (at most {self._config.max_position_embeddings}, the context)"
+                f"the prompt has {len(prompt_ids)} tokens and leaves no room within {self.capacity}: "
+                f"shorten it or raise the capacity (the context is {self.config.max_position_embeddings})"
             )
-        if not 0 <= min(prompt_ids) <= max(prompt_ids) < self._config.vocab_size:
+        if not 0 <= min(prompt_ids) <= max(prompt_ids) < self.config.vocab_size:
             raise ValueError(
                 f"the prompt has token ids from {min(prompt_ids)} to {max(prompt_ids)}, the vocabulary is "
-                f"{self._config.vocab_size}; use the tokenizer that belongs to the model"
+                f"{self.config.vocab_size}; use the tokenizer that belongs to the model"
             )
         budget = min(max_tokens, self.capacity - len(prompt_ids))
         return TextStream(self._pieces(list(prompt_ids), budget, sampling or SamplingConfig()))
@@ -195,22 +197,23 @@ def _prefill(
     length: jax.Array,
     key: jax.Array,
     numbers: SamplingNumbers,
-) -> tuple[jax.Array, KVCache]:
+) -> tuple[jax.Array, CacheArrays]:
     model: Decoder = jax.tree.unflatten(structure, leaves)
     logits, cache = model.extend(tokens, KVCache.empty(model.config, 1, capacity, model.dtype), length - 1)
     # Padding lies beyond the length: no position attends to it before a later token overwrites it.
-    cache = dataclasses.replace(cache, length=length)
-    return sample(logits, jax.random.fold_in(key, length), numbers), cache
+    return sample(logits, jax.random.fold_in(key, length), numbers), (cache.keys, cache.values, length)
 
 
 def _step(
     structure: Any,
     leaves: list[jax.Array],
     token: jax.Array,
-    cache: KVCache,
+    cache: CacheArrays,
     key: jax.Array,
     numbers: SamplingNumbers,
-) -> tuple[jax.Array, KVCache]:
+) -> tuple[jax.Array, CacheArrays]:
     model: Decoder = jax.tree.unflatten(structure, leaves)
-    logits, cache = model.extend(token[:, None], cache)
-    return sample(logits, jax.random.fold_in(key, cache.length), numbers), cache
+    keys, values, length = cache
+    logits, grown = model.extend(token[:, None], KVCache(keys=keys, values=values, length=length))
+    token = sample(logits, jax.random.fold_in(key, grown.length), numbers)
+    return token, (grown.keys, grown.values, grown.length)

@@ -57,11 +57,10 @@ class SamplingConfig:
         Raises:
             ValueError: a number out of its range.
         """
-        known = ("temperature", "top_k", "top_p", "min_p")
-        fields = {name: config[name] for name in known if config.get(name) is not None}
-        fields.setdefault("temperature", 1.0)
-        if not config.get("do_sample"):
-            fields["temperature"] = 0.0
+        # JSON does not tell 1 from 1.0.
+        kinds = {"temperature": float, "top_k": int, "top_p": float, "min_p": float}
+        fields = {name: kind(config[name]) for name, kind in kinds.items() if config.get(name) is not None}
+        fields["temperature"] = fields.get("temperature", 1.0) if config.get("do_sample") else 0.0
         return cls(**fields | {name: value for name, value in overrides.items() if value is not None})
 
     @property

@@ -30,7 +30,8 @@ def check_output(output: Path, overwrite: bool, marker: str) -> None:
 
     Args:
         output: the folder to make.
-        overwrite: replace an existing one, but only if it holds `marker`, so that a mistyped path costs nothing.
+        overwrite: replace an existing one, but only if it holds `marker`, so that a mistyped path costs
+            nothing.
         marker: a path within the folder that only our own outputs have.
 
     Raises:
@@ -39,14 +40,19 @@ def check_output(output: Path, overwrite: bool, marker: str) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not overwrite:
-        raise FileExistsError(f"output {output} exists already; give --overwrite to replace it, or another --output")
+        raise FileExistsError(
+            f"output {output} exists already; give --overwrite to replace it, or another --output"
+        )
     if not (output / marker).exists():
-        raise FileExistsError(f"output {output} is not something svsk wrote, so --overwrite does not replace it; give another --output")
+        raise FileExistsError(
+            f"output {output} is not something svsk wrote, so --overwrite does not replace it; give another --output"
+        )
 
 
 @contextmanager
 def output_folder(output: Path, *, overwrite: bool, marker: str) -> Iterator[Path]:
-    """A temporary folder beside `output` that takes its name when the block ends well, and is removed when it does not."""
+    """A temporary folder beside `output` that takes its name when the block ends well, and is removed when
+    it does not."""
     check_output(output, overwrite, marker)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.partial-"))

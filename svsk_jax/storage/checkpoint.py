@@ -1,9 +1,10 @@
-"""Our saved models: a folder with config.json, tokenizer files, and one orbax checkpoint for each decoder layer and for what is outside them.
+"""Our saved models: a folder with config.json, tokenizer files, and one orbax checkpoint for each decoder
+layer and for what is outside them.
 
-    out/config.json, generation_config.json, tokenizer.json, …
-    out/svsk/outer            embedding, final norm, head; its custom metadata describe the whole model
-    out/svsk/layer_00000      one decoder layer; its custom metadata describe its tensors
-"""  # noqa: D208
+out/config.json, generation_config.json, tokenizer.json, …
+out/svsk/outer            embedding, final norm, head; its custom metadata describe the whole model
+out/svsk/layer_00000      one decoder layer; its custom metadata describe its tensors
+"""
 
 import hashlib
 import json
@@ -58,12 +59,16 @@ class ModelWriter:
                 args=ocp.args.PyTreeSave(plain, custom_metadata={"tensors": tensors, **metadata}),
             )
 
-    def layer(self, index: int, parameters: Mapping[str, Any], errors: Mapping[str, float] | None = None) -> None:
-        """Store one decoder layer, its parameters named by path within the layer, with the layer errors of its linears."""
+    def layer(
+        self, index: int, parameters: Mapping[str, Any], errors: Mapping[str, float] | None = None
+    ) -> None:
+        """Store one decoder layer, its parameters named by path within the layer, with the layer errors of
+        its linears."""
         self._save(_layer_name(index), parameters, {"errors": dict(errors or {})})
 
     def outer(self, parameters: Mapping[str, Any], source: ModelSource, metadata: Mapping[str, Any]) -> None:
-        """Store what is outside the layers, the model's metadata, config.json, generation_config.json and the tokenizer."""
+        """Store what is outside the layers, the model's metadata, config.json, generation_config.json and
+        the tokenizer."""
         header = {"format": FORMAT, "model_config": source.config.to_dict(), **metadata}
         self._save("outer", parameters, header)
         write_json(self.folder / "config.json", source.hf_config)
@@ -88,7 +93,8 @@ class SavedModel:
 
     Args:
         folder: the model's folder.
-        mesh: restore onto these devices, each array's rows divided over the mesh's first axis where they divide; default one device.
+        mesh: restore onto these devices, each array's rows divided over the mesh's first axis where they
+            divide; default one device.
 
     Raises:
         ValueError: the folder holds no saved model, or one of another format.
@@ -160,9 +166,13 @@ class SavedModel:
             with _checkpointer() as checkpointer:
                 metadata = checkpointer.metadata(path).item_metadata.custom_metadata
         except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path}: no readable metadata ({error!r}); the model is damaged, make it again") from error
+            raise ValueError(
+                f"{path}: no readable metadata ({error!r}); the model is damaged, make it again"
+            ) from error
         if not isinstance(metadata, dict) or "tensors" not in metadata:
-            raise ValueError(f"{path}: no metadata of svsk in the checkpoint; the model is damaged, make it again")
+            raise ValueError(
+                f"{path}: no metadata of svsk in the checkpoint; the model is damaged, make it again"
+            )
         return metadata
 
     def _sharding(self, leaf: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
@@ -182,11 +192,14 @@ class SavedModel:
         try:
             with _checkpointer() as checkpointer:
                 restored = checkpointer.restore(
-                    self.folder / ARRAYS / name, args=ocp.args.PyTreeRestore(item=target, restore_args=restore_args)
+                    self.folder / ARRAYS / name,
+                    args=ocp.args.PyTreeRestore(item=target, restore_args=restore_args),
                 )
         except (OSError, ValueError, KeyError) as error:
             summary = str(error).splitlines()[0]
-            raise ValueError(f"{self.folder / ARRAYS / name}: cannot be restored ({summary}); the model is damaged, make it again") from error
+            raise ValueError(
+                f"{self.folder / ARRAYS / name}: cannot be restored ({summary}); the model is damaged, make it again"
+            ) from error
         values = {path: from_plain(restored[path], like) for path, like in likes.items()}
         return {
             path: value.astype(jnp.dtype(dtype)) if isinstance(value, jax.Array) else value

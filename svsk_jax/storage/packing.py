@@ -52,7 +52,9 @@ def abstract(description: Mapping[str, Any]) -> Any:
         "scales": scales,
         "super_scales": None if flat else leaf((n, ceil_div(k, SUPER_GROUP)), jnp.float16),
         "coefficients": leaf((2,), jnp.float16) if description["codebook"] == "companded" else None,
-        "sidecar": None if description["sidecar"] is None else _abstract_sidecar((n, k), description["sidecar"]),
+        "sidecar": None
+        if description["sidecar"] is None
+        else _abstract_sidecar((n, k), description["sidecar"]),
     }
     return SVSKWeight(**fields, shape=(n, k), group=description["group"])
 

@@ -1,0 +1,31 @@
+"""`svsk calibrate`."""
+
+import dataclasses
+from typing import Any
+
+from svsk_jax import pipeline
+from svsk_jax.calibration.config import CalibrationConfig
+from svsk_jax.cli.common import ModelFlags, OutputFlags, Verb, console, layer_progress
+from svsk_jax.models import open_model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibrate(OutputFlags, ModelFlags, Verb):
+    """Measure a model's activations on calibration text once, for any number of quantize runs
+    (--calib-stats)."""
+
+    calibration: CalibrationConfig = CalibrationConfig()
+    """What to calibrate on."""
+
+    def run(self) -> dict[str, Any]:
+        """Calibrate."""
+        source = open_model(self.model, revision=self.revision)
+        with layer_progress("calibrate") as on_progress:
+            manifest = pipeline.calibrate(
+                source, self.output, self.calibration, overwrite=self.overwrite, on_progress=on_progress
+            )
+        text = manifest["text"]
+        console.print(
+            f"wrote {self.output}: {text['chunks']} chunks of {text['chunk_length']} tokens of {text['calib']}"
+        )
+        return {"output": str(self.output), **manifest}

@@ -1,0 +1,59 @@
+"""From what a user types after `--model` to something that runs."""
+
+from pathlib import Path
+from typing import Literal
+
+import jax
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from convert.load import load_parameters
+from convert.source import open_checkpoint
+from svsk_jax.model.decoder import Decoder
+from svsk_jax.model.linear import to_dense
+from svsk_jax.model.source import ModelSource
+from svsk_jax.pipeline import default_dtype
+from svsk_jax.storage.checkpoint import SavedModel, is_saved_model
+
+Weights = Literal["packed", "dense"]
+
+
+def open_model(model: str, *, revision: str | None = None, mesh: Mesh | None = None) -> ModelSource:
+    """Open a folder that svsk saved, a checkpoint folder or file (safetensors, .bin, .gguf), or a hub id;
+    local paths come first.
+
+    Raises:
+        ValueError: nothing of that name, or what is there is not a model; says what was tried.
+        ConnectionError: the hub could not be reached.
+    """
+    path = Path(model).expanduser()
+    if is_saved_model(path):
+        return SavedModel(path, mesh)
+    return open_checkpoint(model, revision=revision)
+
+
+def load_model(
+    source: ModelSource,
+    *,
+    dtype: DTypeLike | None = None,
+    weights: Weights = "packed",
+    mesh: Mesh | None = None,
+) -> Decoder:
+    """The decoder, ready to run.
+
+    Args:
+        source: from `open_model`.
+        dtype: of activations and dense weights; default f32 on CPU, bf16 elsewhere.
+        weights: keep packed matrices packed, or restore them to dense ones, which takes more memory and,
+            where no kernel runs, less time.
+        mesh: devices to load onto.
+    """
+    dtype = default_dtype() if dtype is None else dtype
+    parameters = load_parameters(source, dtype, mesh)
+    if weights == "dense":
+        restore = jax.jit(to_dense, static_argnames="dtype")
+        parameters = {
+            path: value if isinstance(value, jax.Array) else restore(value, dtype=dtype)
+            for path, value in parameters.items()
+        }
+    return Decoder(source.config, parameters, dtype)
