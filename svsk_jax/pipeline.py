@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from pallas_kernels.svsk_matmul import Int8Weight, dequantize
+from pallas_kernels.svsk_matmul import Int8Weight
 from svsk_jax.calibration import store
 from svsk_jax.calibration.config import CalibrationConfig
 from svsk_jax.calibration.statistics import Moments, advance, data_mesh, embed_batches
@@ -230,7 +230,7 @@ def _quantize_layer(
             continue
         dense = jnp.asarray(value, jnp.float32)
         stored[path] = quantize_linear(dense, linears[path], config)
-        errors[path.removesuffix(".weight")] = layer_error(dense, dequantize(stored[path]), linears[path])
+        errors[path.removesuffix(".weight")] = float(layer_error(dense, stored[path], linears[path]))
     return stored, errors
 
 
@@ -377,5 +377,6 @@ def _require_space(output: Path, needed: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise OSError(
-            f"output {output}: needs {needed / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} MB free; free some space or give another --output"
+            f"output {output}: needs {needed / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} MB free; "
+            "free some space or give another --output"
         )

@@ -25,7 +25,8 @@ def svsk_matmul(
     """
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"svsk_matmul: x has {x.shape[-1]} columns, the weight {list(weight.shape)} wants {weight.shape[1]}"
+            f"svsk_matmul: x has {x.shape[-1]} columns, the weight {list(weight.shape)} wants "
+            f"{weight.shape[1]}"
         )
     name = implementation or "reference"
     if name not in IMPLEMENTATIONS:

@@ -33,7 +33,8 @@ def _check(owner: str, field: str, value: Any, shape: tuple[int, ...], dtype: An
         or value.dtype != jnp.dtype(dtype)
     ):
         raise ValueError(
-            f"{owner}.{field}: expected shape [..., {', '.join(map(str, shape))}] of {jnp.dtype(dtype).name}, "
+            f"{owner}.{field}: expected shape [..., {', '.join(map(str, shape))}] of "
+            f"{jnp.dtype(dtype).name}, "
             f"got {list(actual)} of {value.dtype}"
         )
 
@@ -71,7 +72,8 @@ class Sidecar:
         rows, columns = self.row_spans, self.column_spans
         if len(self.ranks) != len(rows) or any(len(row) != len(columns) for row in self.ranks):
             raise ValueError(
-                f"Sidecar.ranks: expected {len(rows)} × {len(columns)} ranks for a matrix of {self.shape} in tiles of {self.tile}, "
+                f"Sidecar.ranks: expected {len(rows)} × {len(columns)} ranks for a matrix of "
+                f"{self.shape} in tiles of {self.tile}, "
                 f"got {len(self.ranks)} × {sorted({len(row) for row in self.ranks})}"
             )
         if any(rank < 0 for row in self.ranks for rank in row):
@@ -140,7 +142,8 @@ class SVSKWeight:
             _check("SVSKWeight", "coefficients", self.coefficients, (2,), jnp.float16)
         if isinstance(self.sidecar, Sidecar) and self.sidecar.shape != self.shape:
             raise ValueError(
-                f"SVSKWeight.sidecar: made for a matrix of {self.sidecar.shape}, the codes are of {self.shape}"
+                f"SVSKWeight.sidecar: made for a matrix of {self.sidecar.shape}, the codes are of "
+                f"{self.shape}"
             )
 
     @property

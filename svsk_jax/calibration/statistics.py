@@ -1,6 +1,5 @@
 """Second moments of the linears' inputs, one decoder layer at a time, data-parallel over devices."""
 
-from collections.abc import Mapping
 from functools import partial
 
 import jax
@@ -95,7 +94,7 @@ def embed_batches(
 
 def advance(
     layer: DecoderLayer, streams: list[jax.Array], masks: list[jax.Array], mesh: Mesh, full: bool
-) -> Mapping[str, InputMoment]:
+) -> Moments:
     """Push every batch through a layer, in place in `streams`, and add up its moments."""
     layer = jax.device_put(layer, NamedSharding(mesh, P()))
     total: Moments | None = None

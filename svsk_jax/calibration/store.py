@@ -63,7 +63,8 @@ class Statistics:
         """Refuse statistics of another model."""
         if self.manifest["fingerprint"] != fingerprint:
             raise ValueError(
-                f"--calib-stats {self.folder}: made from {self.manifest['model']}, not from {description}; run `svsk calibrate` for this model"
+                f"--calib-stats {self.folder}: made from {self.manifest['model']}, not from "
+                f"{description}; run `svsk calibrate` for this model"
             )
 
     def layer(self, index: int) -> Moments:

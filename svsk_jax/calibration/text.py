@@ -5,7 +5,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -16,11 +16,12 @@ MIN_AUTO_LENGTH = 256
 MAX_LENGTH = 2048
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """The part of a transformers tokenizer that is used here."""
 
-    def __call__(self, text: str, *, add_special_tokens: bool) -> dict:
-        """Token ids under `input_ids`."""
+    def __call__(self, text: str, *, add_special_tokens: bool, verbose: bool) -> Any:
+        """Token ids under `input_ids`; not `verbose` about texts past the model's context."""
         ...
 
 
@@ -53,13 +54,15 @@ def wikitext_texts(part: Part) -> list[str]:
         ConnectionError: neither the hub nor a cached copy could be read.
     """
     import datasets
+    from datasets.exceptions import DatasetNotFoundError
 
     split = "train" if part == "calibration" else "test"
     try:
         rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
-    except (OSError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
+    except (OSError, ConnectionError, DatasetNotFoundError) as error:
         raise ConnectionError(
-            f"wikitext: {error}. Without the hub, use 'builtin' or the path of a .txt, .jsonl or .parquet file"
+            f"wikitext: {error}. Without the hub, use 'builtin' or the path of a .txt, .jsonl or "
+            ".parquet file"
         ) from error
     return ["".join(rows["text"])]
 
@@ -81,7 +84,8 @@ def read_texts(source: str, part: Part) -> list[str]:
     path = Path(source).expanduser()
     if not path.is_file():
         raise ValueError(
-            f"text {source!r}: no such file; give 'builtin', 'wikitext' or the path of a .txt, .jsonl or .parquet file"
+            f"text {source!r}: no such file; give 'builtin', 'wikitext' or the path of a .txt, .jsonl or "
+            ".parquet file"
         )
     try:
         if path.suffix == ".jsonl":
@@ -105,7 +109,7 @@ def read_texts(source: str, part: Part) -> list[str]:
 
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
     """Token ids, int32 [n], of the texts joined by a blank line, without special tokens."""
-    ids = tokenizer("\n\n".join(texts), add_special_tokens=False)["input_ids"]
+    ids = tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"]
     return np.asarray(ids, np.int32)
 
 
@@ -132,12 +136,15 @@ def cut_chunks(ids: np.ndarray, chunks: int, length: int | None, context: int) -
     count = min(chunks, len(ids) // length)
     if count < min(chunks, MIN_CHUNKS):
         raise ValueError(
-            f"the text holds {len(ids)} tokens, but calibration needs at least {min(chunks, MIN_CHUNKS)} chunks of {length} "
-            f"({min(chunks, MIN_CHUNKS) * length} tokens): give a longer text, another --calib, or a smaller --chunk-length"
+            f"the text holds {len(ids)} tokens, but calibration needs at least {min(chunks, MIN_CHUNKS)} "
+            f"chunks of {length} "
+            f"({min(chunks, MIN_CHUNKS) * length} tokens): give a longer text, another --calib, or a "
+            "smaller --chunk-length"
         )
     if count < FEW_CHUNKS:
         warnings.warn(
-            f"calibrating on only {count} chunks of {length} tokens; {FEW_CHUNKS} or more give steadier results",
+            f"calibrating on only {count} chunks of {length} tokens; {FEW_CHUNKS} or more give steadier "
+            "results",
             stacklevel=2,
         )
     starts = np.linspace(0, len(ids) - length, count).astype(np.int64)

@@ -26,6 +26,7 @@ class Calibrate(OutputFlags, ModelFlags, Verb):
             )
         text = manifest["text"]
         console.print(
-            f"wrote {self.output}: {text['chunks']} chunks of {text['chunk_length']} tokens of {text['calib']}"
+            f"wrote {self.output}: {text['chunks']} chunks of {text['chunk_length']} tokens of "
+            f"{text['calib']}"
         )
         return {"output": str(self.output), **manifest}

@@ -93,7 +93,8 @@ class Demo(Verb):
         ids = encode_chat(tokenizer, [{"role": "user", "content": self.prompt}])
         answer = stream_text(generator, ids, self.max_tokens, SamplingConfig(temperature=0.0))
         console.print(
-            f"the quantized models are in {self.output}; talk to one with: svsk generate --model {self.output / RECIPES[-1]}"
+            f"the quantized models are in {self.output}; talk to one with: svsk generate --model "
+            f"{self.output / RECIPES[-1]}"
         )
         return {"source": source.description, **report.to_json(rows), "answer": answer}
 

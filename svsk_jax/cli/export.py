@@ -34,6 +34,7 @@ class Export(OutputFlags, ModelFlags, Verb):
                 on_layer=lambda done, total: move(done, total, "layers"),
             )
         console.print(
-            f"wrote {self.output}: {result['tensors']} tensors in {result['shards']} shards, {result['bytes'] / 1e6:,.1f} MB"
+            f"wrote {self.output}: {result['tensors']} tensors in {result['shards']} shards, "
+            f"{result['bytes'] / 1e6:,.1f} MB"
         )
         return result

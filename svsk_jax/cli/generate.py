@@ -79,7 +79,8 @@ def show(piece: str) -> None:
 def show_speed(result: GenerationResult) -> None:
     """Say how fast the text came."""
     console.print(
-        f"[dim]{result.prompt_tokens} prompt tokens in {result.prefill_seconds:.2f} s, then {len(result.token_ids)} tokens "
+        f"[dim]{result.prompt_tokens} prompt tokens in {result.prefill_seconds:.2f} s, then "
+        f"{len(result.token_ids)} tokens "
         f"at {result.tokens_per_second:.1f} tok/s ({result.finish_reason})[/]"
     )
 

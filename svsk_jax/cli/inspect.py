@@ -107,7 +107,8 @@ def _print(
     if totals["bytes"] is not None:
         linears = totals["decoder_linear_bits"]
         console.print(
-            f"recipe {about.get('recipe')}: {linears:.3f} bits/weight in the decoder linears, {totals['file_bits']:.3f} in the "
+            f"recipe {about.get('recipe')}: {linears:.3f} bits/weight in the decoder linears, "
+            f"{totals['file_bits']:.3f} in the "
             f"whole file, {totals['bytes'] / 1e6:,.1f} MB"
         )
     if totals["geometric_mean_layer_error"] is not None:

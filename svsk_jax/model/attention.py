@@ -1,6 +1,7 @@
 """Causal self-attention with grouped KV heads, rotary positions and optional per-head query and key norms."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from svsk_jax.model.config import ModelConfig
-from svsk_jax.model.linear import Linear, Weight
+from svsk_jax.model.linear import Linear
 from svsk_jax.model.norm import RMSNorm
 from svsk_jax.model.tap import Tap, no_tap
 
@@ -33,7 +34,7 @@ def rotate(
 class Attention(nnx.Module):
     """softmax(q kᵀ / √head_dim) v, with q, k rotated; scores and softmax in f32."""
 
-    def __init__(self, config: ModelConfig, parameters: Mapping[str, Weight]):
+    def __init__(self, config: ModelConfig, parameters: Mapping[str, Any]):
         def linear(name: str) -> Linear:
             return Linear(parameters[f"attention.{name}.weight"], parameters.get(f"attention.{name}.bias"))
 

@@ -74,7 +74,8 @@ class ModelConfig:
                 raise ValueError(f"config.json: {field} must be positive, got {getattr(self, field)}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"config.json: num_attention_heads {self.num_heads} is not a multiple of num_key_value_heads {self.num_kv_heads}"
+                f"config.json: num_attention_heads {self.num_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_kv_heads}"
             )
         if self.head_dim % 2:
             raise ValueError(f"config.json: head_dim must be even for rotary embeddings, got {self.head_dim}")
@@ -108,9 +109,12 @@ class ModelConfig:
             NotImplementedError: a variant of a known architecture that the decoder lacks.
         """
         names = config.get("architectures") or []
-        architecture = next((HF_CLASSES[name] for name in names if name in HF_CLASSES), None)
-        if architecture is None and not names and config.get("model_type") in HF_CLASSES.values():
-            architecture = config["model_type"]
+        architecture: Architecture | None = next(
+            (HF_CLASSES[name] for name in names if name in HF_CLASSES), None
+        )
+        if architecture is None and not names:
+            known = HF_CLASSES.values()
+            architecture = next((name for name in known if name == config.get("model_type")), None)
         if architecture is None:
             raise ValueError(
                 f"config.json: unknown architecture {', '.join(names) or config.get('model_type')!r}; "
@@ -205,7 +209,8 @@ class ModelConfig:
             }
         elif scaling is not None:
             raise NotImplementedError(
-                "transformers has no rope_type for the per-frequency factors of this GGUF file; convert from the "
+                "transformers has no rope_type for the per-frequency factors of this GGUF file; convert "
+                "from the "
                 "original safetensors instead"
             )
         return config

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from svsk_jax.model.attention import Attention, LayerCache
 from svsk_jax.model.config import ModelConfig
 from svsk_jax.model.kv_cache import KVCache
-from svsk_jax.model.linear import Embedding, Linear, Weight, project
+from svsk_jax.model.linear import Embedding, Linear, project
 from svsk_jax.model.norm import RMSNorm
 from svsk_jax.model.parameters import layer_parameters
 from svsk_jax.model.tap import Tap, no_tap
@@ -21,7 +21,7 @@ from svsk_jax.model.tap import Tap, no_tap
 class MLP(nnx.Module):
     """y = W_down (silu(W_gate x) ⊙ W_up x)."""
 
-    def __init__(self, parameters: Mapping[str, Weight]):
+    def __init__(self, parameters: Mapping[str, Any]):
         def linear(name: str) -> Linear:
             return Linear(parameters[f"mlp.{name}.weight"], parameters.get(f"mlp.{name}.bias"))
 
@@ -38,7 +38,7 @@ class MLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). `parameters` are named by path within the layer."""
 
-    def __init__(self, config: ModelConfig, parameters: Mapping[str, Weight]):
+    def __init__(self, config: ModelConfig, parameters: Mapping[str, Any]):
         self.input_norm = RMSNorm(parameters["input_norm.scale"], config.rms_norm_eps)
         self.attention = Attention(config, parameters)
         self.mlp_norm = RMSNorm(parameters["mlp_norm.scale"], config.rms_norm_eps)

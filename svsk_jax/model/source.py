@@ -1,7 +1,7 @@
 """What a place that holds a model offers: an open checkpoint, or one of our own saved models."""
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jax.typing import DTypeLike
 from transformers import PreTrainedTokenizerBase
@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from svsk_jax.model.config import ModelConfig
 
 
+@runtime_checkable
 class ModelSource(Protocol):
     """A model that is read piece by piece. Dense values come as numpy arrays of the asked dtype; packed
     ones as they are stored."""

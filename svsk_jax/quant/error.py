@@ -4,20 +4,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from svsk_jax.quant.types import InputMoment
+from pallas_kernels.svsk_matmul.reference import dequantize
+from svsk_jax.quant.types import InputMoment, PackedWeight
 
 
-@jax.jit
 def output_energy(E: Float[Array, "n k"], moment: InputMoment) -> Float[Array, ""]:
-    """tr(E H Eᵀ): mean square over tokens of E x, summed over outputs; with a diagonal moment, Σ hₖ eₙₖ².
-    f32."""
-    E = E.astype(jnp.float32)
+    """tr(E H Eᵀ), f32: mean square over tokens of E x, summed over outputs; with a diagonal moment, Σ "
+    "hₖ eₙₖ²."""
     if moment.is_full:
         return jnp.sum(jnp.matmul(E, moment.mean, precision=jax.lax.Precision.HIGHEST) * E)
     return jnp.sum(E * E * moment.mean)
 
 
-def layer_error(W: Float[Array, "n k"], approximation: Float[Array, "n k"], moment: InputMoment) -> float:
-    """tr((W-Ŵ) H (W-Ŵ)ᵀ) / tr(W H Wᵀ), dimensionless; 0 when W's output is zero."""
-    signal = float(output_energy(W, moment))
-    return float(output_energy(W - approximation, moment)) / signal if signal > 0 else 0.0
+@jax.jit
+def layer_error(W: Float[Array, "n k"], weight: PackedWeight, moment: InputMoment) -> Float[Array, ""]:
+    """tr((W-Ŵ) H (W-Ŵ)ᵀ) / tr(W H Wᵀ), dimensionless, f32; 0 when the output of W itself is zero."""
+    W = W.astype(jnp.float32)
+    signal = output_energy(W, moment)
+    lost = output_energy(W - dequantize(weight), moment)
+    return jnp.where(signal > 0, lost / jnp.where(signal > 0, signal, 1.0), 0.0)

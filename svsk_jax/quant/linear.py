@@ -23,7 +23,8 @@ def quantize_linear(W: Float[Array, "n k"], moment: InputMoment, config: QuantCo
     """
     if config.codebook != "linear" or config.scales != "flat":
         raise NotImplementedError(
-            f"no scale search for codebook={config.codebook} with scales={config.scales} yet; use linear with flat scales"
+            f"no scale search for codebook={config.codebook} with scales={config.scales} yet; use linear "
+            "with flat scales"
         )
     W = W.astype(jnp.float32)
     codes, scales = search_scales(W, moment.diagonal, config.group)
@@ -33,7 +34,7 @@ def quantize_linear(W: Float[Array, "n k"], moment: InputMoment, config: QuantCo
         super_scales=None,
         coefficients=None,
         sidecar=None,
-        shape=W.shape,
+        shape=(W.shape[0], W.shape[1]),
         group=config.group,
     )
     if config.rank == 0:

@@ -45,7 +45,8 @@ def check_output(output: Path, overwrite: bool, marker: str) -> None:
         )
     if not (output / marker).exists():
         raise FileExistsError(
-            f"output {output} is not something svsk wrote, so --overwrite does not replace it; give another --output"
+            f"output {output} is not something svsk wrote, so --overwrite does not replace it; give "
+            "another --output"
         )
 
 

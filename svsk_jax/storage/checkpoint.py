@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +52,11 @@ class ModelWriter:
     def _save(self, name: str, parameters: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
         tensors = {path: describe(value) for path, value in parameters.items()}
         plain = {path: to_plain(value) for path, value in parameters.items()}
+        custom_metadata: Any = {"tensors": tensors, **metadata}
         with _checkpointer() as checkpointer:
             checkpointer.save(
                 self.folder / ARRAYS / name,
-                args=ocp.args.PyTreeSave(plain, custom_metadata={"tensors": tensors, **metadata}),
+                args=ocp.args.PyTreeSave(plain, custom_metadata=custom_metadata),
             )
 
     def layer(
@@ -101,43 +101,24 @@ class SavedModel:
     """
 
     def __init__(self, folder: Path, mesh: Mesh | None = None):
-        self.folder, self.mesh = folder, mesh
         if not is_saved_model(folder):
             raise ValueError(f"{folder}: not a model that svsk saved (no {MARKER})")
+        self.folder, self.mesh = folder, mesh
+        self.metadata = self._metadata("outer")
         if self.metadata.get("format") != FORMAT:
             raise ValueError(
-                f"{folder}: stored in format {self.metadata.get('format')}, this svsk-jax reads {FORMAT}; quantize again or upgrade"
+                f"{folder}: stored in format {self.metadata.get('format')}, this svsk-jax reads "
+                f"{FORMAT}; quantize again or upgrade"
             )
-
-    @property
-    def description(self) -> str:
-        """The folder's path."""
-        return str(self.folder)
-
-    @cached_property
-    def metadata(self) -> dict[str, Any]:
-        """What the writer said of the whole model: format, recipe, model_config, …"""
-        return self._metadata("outer")
+        self.description = str(folder)
+        self.config = ModelConfig.from_dict(self.metadata["model_config"])
+        self.hf_config = _read_json(folder / "config.json")
+        generation = folder / "generation_config.json"
+        self.generation_config = _read_json(generation) if generation.is_file() else {}
 
     def layer_metadata(self, index: int) -> dict[str, Any]:
         """Tensor descriptions and layer errors of one decoder layer."""
         return self._metadata(_layer_name(index))
-
-    @cached_property
-    def config(self) -> ModelConfig:
-        """The decoder's configuration."""
-        return ModelConfig.from_dict(self.metadata["model_config"])
-
-    @cached_property
-    def hf_config(self) -> dict[str, Any]:
-        """The stored config.json."""
-        return json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-
-    @cached_property
-    def generation_config(self) -> dict[str, Any]:
-        """The stored generation_config.json, empty if there is none."""
-        path = self.folder / "generation_config.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def outer(self, dtype: DTypeLike) -> dict[str, Any]:
         """Parameters outside the layers, by full path; dense ones in `dtype`."""
@@ -198,10 +179,18 @@ class SavedModel:
         except (OSError, ValueError, KeyError) as error:
             summary = str(error).splitlines()[0]
             raise ValueError(
-                f"{self.folder / ARRAYS / name}: cannot be restored ({summary}); the model is damaged, make it again"
+                f"{self.folder / ARRAYS / name}: cannot be restored ({summary}); the model is damaged, "
+                "make it again"
             ) from error
         values = {path: from_plain(restored[path], like) for path, like in likes.items()}
         return {
             path: value.astype(jnp.dtype(dtype)) if isinstance(value, jax.Array) else value
             for path, value in values.items()
         }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); the model is damaged, make it again") from error

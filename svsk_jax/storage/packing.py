@@ -39,15 +39,18 @@ def abstract(description: Mapping[str, Any]) -> Any:
     if description["kind"] == "dense":
         return leaf(shape, description["dtype"])
     n, k = shape
+    fields: dict[str, Any]
     if description["kind"] == "int8":
-        return Int8Weight(
-            values=leaf(shape, jnp.int8), scales=leaf((n, ceil_div(k, INT8_GROUP)), jnp.float16), shape=(n, k)
-        )  # pyright: ignore[reportArgumentType]
+        fields = {
+            "values": leaf(shape, jnp.int8),
+            "scales": leaf((n, ceil_div(k, INT8_GROUP)), jnp.float16),
+        }
+        return Int8Weight(**fields, shape=(n, k))
     if description["kind"] != "svsk":
         raise ValueError(f"unknown kind of parameter {description['kind']!r}; a newer svsk-jax may know it")
     groups, flat = ceil_div(k, description["group"]), description["scales"] == "flat"
     scales = leaf((n, groups), jnp.float16) if flat else leaf((n, packed_int6_bytes(groups)), jnp.uint8)
-    fields: dict[str, Any] = {
+    fields = {
         "codes": leaf((n, ceil_div(k, 2)), jnp.uint8),
         "scales": scales,
         "super_scales": None if flat else leaf((n, ceil_div(k, SUPER_GROUP)), jnp.float16),

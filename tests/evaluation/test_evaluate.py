@@ -35,9 +35,11 @@ def windows(tiny_config):
     return cut_windows(ids, "llama.cpp", context=256, window=24)
 
 
+run = jax.jit(lambda decoder, tokens: decoder(tokens))
+
+
 def direct(reference: Decoder, model: Decoder, windows):
     """The definition: all logits at once, then the scored positions."""
-    run = jax.jit(lambda decoder, tokens: decoder(tokens))
     tokens = jnp.asarray(windows.tokens)
     logits = [run(decoder, tokens)[:, windows.first : -1] for decoder in (reference, model)]
     return token_divergence(*logits, tokens[:, windows.first + 1 :])
@@ -111,7 +113,7 @@ def test_a_model_alone_has_the_perplexity_it_has_beside_a_reference(reference, m
 def test_hidden_states_lead_to_the_logits(model, windows):
     tokens = jnp.asarray(windows.tokens)
     logits = jax.jit(lambda decoder, ids: decoder.logits(hidden_states(decoder, ids)))(model, tokens)
-    np.testing.assert_allclose(logits, jax.jit(lambda m, ids: m(ids))(model, tokens), atol=1e-5)
+    np.testing.assert_allclose(logits, run(model, tokens), atol=1e-5)
 
 
 def test_texts_by_both_conventions(config, byte_tokenizer):

@@ -40,7 +40,7 @@ def config() -> ModelConfig:
         vocab_size=262,
         hidden_size=48,
         intermediate_size=88,
-        num_layers=2,
+        num_layers=1,
         num_heads=6,
         num_kv_heads=2,
         head_dim=8,
@@ -58,5 +58,5 @@ def model(config) -> Decoder:
 
 @pytest.fixture(scope="session")
 def generator(model, tokenizer) -> TextGenerator:
-    """Without stop tokens, with the whole context of 96; shared, since each generator compiles its own steps."""
+    """Without stop tokens, with the whole context of 96; shared, since each generator compiles anew."""
     return TextGenerator(model, tokenizer)

@@ -12,13 +12,13 @@ from svsk_jax.runtime import SamplingConfig, TextGenerator
 from svsk_jax.runtime import generate as generate_module
 from svsk_jax.runtime.generate import prefill_bucket
 
+run = jax.jit(lambda decoder, tokens: decoder(tokens))
 PROMPT = [5, 80, 33, 7, 120, 64, 9]
 
 
 def greedy_by_full_forward(model: Decoder, prompt: list[int], count: int) -> list[int]:
     """The definition: the whole text again for every token, at one padded length (causality makes padding
     harmless)."""
-    run = jax.jit(lambda decoder, tokens: decoder(tokens))
     ids = list(prompt)
     for _ in range(count):
         padded = np.zeros((1, len(prompt) + count), np.int32)
@@ -41,9 +41,7 @@ def test_padding_of_the_prompt_changes_nothing(generator, monkeypatch):
     texts = []
     for bucket in (len(PROMPT), 61, 96):
         monkeypatch.setattr(generate_module, "prefill_bucket", lambda length, capacity, bucket=bucket: bucket)
-        texts.append(
-            TextGenerator(model, tokenizer).generate(PROMPT, max_tokens=30, sampling=sampling).token_ids
-        )
+        texts.append(generator.generate(PROMPT, max_tokens=30, sampling=sampling).token_ids)
     assert len(set(texts)) == 1
 
 
@@ -137,7 +135,7 @@ def test_seeds_decide_the_text(generator):
 def test_the_capacity_ends_the_text(generator, model, tokenizer):
     result = TextGenerator(model, tokenizer, capacity=20).generate(PROMPT, max_tokens=1000)
     assert (len(result.token_ids), result.finish_reason) == (13, "length")
-    assert list(result.token_ids) == greedy_by_full_forward(model, PROMPT, 13)
+    assert list(result.token_ids) == greedy_by_full_forward(model, PROMPT, 24)[:13]
     filled = generator.generate([3] * 95, max_tokens=10)
     assert len(filled.token_ids) == 1
 
