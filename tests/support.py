@@ -14,8 +14,8 @@ from svsk_jax.model.parameters import layer_parameters, random_parameters
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token per byte, in an alphabet cut to the first 96 byte symbols and <end>."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:96]
+    """A token per printable ASCII character, space and line break, and <end>: 97 in all."""
+    alphabet = [chr(code) for code in range(33, 127)] + ["Ġ", "Ċ"]
     vocabulary = {symbol: index for index, symbol in enumerate(alphabet)} | {"<end>": 96}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<end>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -3,7 +3,7 @@ row."""
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Int8, UInt8
+from jaxtyping import Array, Float, Int8, Integer, UInt8
 
 SUPER_GROUP = 256
 """Columns that share one f16 super-scale in two-level scales."""
@@ -33,7 +33,7 @@ def pad_axis(x: Array, axis: int, multiple: int) -> Array:
     return jnp.pad(x, widths)
 
 
-def pack_codes(codes: Int[Array, "*b n k"]) -> UInt8[Array, "*b n bytes"]:
+def pack_codes(codes: Integer[Array, "*b n k"]) -> UInt8[Array, "*b n bytes"]:
     """Pack 4-bit codes in 0..15: byte j of a row holds code 2j in its low nibble and 2j + 1 in its high
     one. An odd K ends in a zero nibble."""
     pairs = pad_axis(codes.astype(jnp.uint8), -1, 2)
@@ -46,7 +46,7 @@ def unpack_codes(packed: UInt8[Array, "*b n bytes"], k: int) -> UInt8[Array, "*b
     return pairs.reshape(*packed.shape[:-1], -1)[..., :k]
 
 
-def pack_int6(values: Int[Array, "*b n g"]) -> UInt8[Array, "*b n bytes"]:
+def pack_int6(values: Integer[Array, "*b n g"]) -> UInt8[Array, "*b n bytes"]:
     """Pack signed integers in -32..31 as a little-endian stream of 6-bit two's complement fields, ⌈6 g / 8⌉
     bytes a row."""
     count = values.shape[-1]
@@ -72,7 +72,7 @@ def expand_groups(values: Float[Array, "*b n g"], group: int, k: int) -> Float[A
     return jnp.repeat(values, group, axis=-1)[..., :k]
 
 
-def levels(codes: UInt8[Array, "*b n k"], coefficients: jax.Array | None) -> Float[Array, "*b n k"]:
+def levels(codes: Integer[Array, "*b n k"], coefficients: jax.Array | None) -> Float[Array, "*b n k"]:
     """f32 level of each code.
 
     Without coefficients the linear codebook, c - 8. With `coefficients` = (a, δ), f16 [..., 2], the

@@ -17,6 +17,8 @@ from pallas_kernels.svsk_matmul.layout import SUPER_GROUP, ceil_div, packed_int6
 
 Codebook = Literal["linear", "companded"]
 ScaleKind = Literal["flat", "two_level"]
+Leaf = Any
+"""An array, concrete or abstract, or what JAX's tree functions put in its place."""
 INT8_GROUP = 64
 """Columns of an int8 matrix that share a scale."""
 SIDECAR_UNIT = 2.0**-14
@@ -61,9 +63,9 @@ class Sidecar:
     j then rank; `v` concatenates [r_ij, columns_j] and `scale` [r_ij] over i, then j.
     """
 
-    u: jax.Array
-    v: jax.Array
-    scale: jax.Array
+    u: Leaf
+    v: Leaf
+    scale: Leaf
     shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
     tile: tuple[int, int] = dataclasses.field(metadata={"static": True})
     ranks: tuple[tuple[int, ...], ...] = dataclasses.field(metadata={"static": True})
@@ -117,10 +119,10 @@ class SVSKWeight:
     - `coefficients`: None for the linear codebook, f16 [2] = (a, δ) for the companded one.
     """
 
-    codes: jax.Array
-    scales: jax.Array
-    super_scales: jax.Array | None
-    coefficients: jax.Array | None
+    codes: Leaf
+    scales: Leaf
+    super_scales: Leaf | None
+    coefficients: Leaf | None
     sidecar: Sidecar | None
     shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
     group: int = dataclasses.field(metadata={"static": True})
@@ -176,8 +178,8 @@ class Int8Weight:
     Invariants: `values` int8 [N, K], `scales` f16 [N, ⌈K / 64⌉].
     """
 
-    values: jax.Array
-    scales: jax.Array
+    values: Leaf
+    scales: Leaf
     shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
 
     def __post_init__(self):

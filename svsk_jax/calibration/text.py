@@ -38,13 +38,20 @@ class Chunks:
 
 
 def builtin_texts(part: Part) -> list[str]:
-    """English documentation from Python's own `pydoc_data.topics` (some 110 k tokens), split by topic:
-    every other topic, in
-    alphabetical order, to calibration, the rest to evaluation."""
+    """English documentation from Python's own `pydoc_data.topics`, some 110 k tokens, split by topic.
+
+    In alphabetical order each topic joins the part that holds fewer characters so far. A text that stands
+    under several names counts once, so that the parts share none.
+    """
     from pydoc_data.topics import topics
 
-    names = sorted(topics)
-    return [topics[name] for name in (names[0::2] if part == "calibration" else names[1::2])]
+    parts: dict[Part, list[str]] = {"calibration": [], "evaluation": []}
+    sizes: dict[Part, int] = {"calibration": 0, "evaluation": 0}
+    for text in dict.fromkeys(topics[name] for name in sorted(topics)):
+        smaller: Part = "calibration" if sizes["calibration"] <= sizes["evaluation"] else "evaluation"
+        parts[smaller].append(text)
+        sizes[smaller] += len(text)
+    return parts[part]
 
 
 def wikitext_texts(part: Part) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 from transformers import PreTrainedTokenizerBase
 
 from svsk_jax.evaluation.divergence import (
@@ -166,7 +166,7 @@ def window_divergence(
         x_reference, x_model, targets = rows
         return token_divergence(reference.logits(x_reference), model.logits(x_model), targets)
 
-    x = (hidden_states(reference, tokens)[:, first:-1], hidden_states(model, tokens)[:, first:-1])
+    x = (reference.hidden_states(tokens)[:, first:-1], model.hidden_states(tokens)[:, first:-1])
     return _map_rows(compare, (*x, tokens[:, first + 1 :]), chunk)
 
 
@@ -180,16 +180,7 @@ def window_nll(model: Decoder, tokens: Int[Array, "b t"], *, first: int, chunk: 
     def score(rows: tuple[jax.Array, jax.Array]) -> jax.Array:
         return token_nll(model.logits(rows[0]), rows[1])
 
-    return _map_rows(score, (hidden_states(model, tokens)[:, first:-1], tokens[:, first + 1 :]), chunk)
-
-
-def hidden_states(model: Decoder, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-    """The residual stream after the last layer, before final norm and head."""
-    x = model.embedding(tokens, model.dtype)
-    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    for layer in model.layers:
-        x, _ = layer(x, positions)
-    return x
+    return _map_rows(score, (model.hidden_states(tokens)[:, first:-1], tokens[:, first + 1 :]), chunk)
 
 
 def _map_rows(function: Callable[[Any], Any], arrays: Any, chunk: int) -> Any:

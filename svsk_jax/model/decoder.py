@@ -77,11 +77,15 @@ class Decoder(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t v"]:
         """Logits, f32, of the token after each position."""
+        return self.logits(self.hidden_states(tokens))
+
+    def hidden_states(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        """The residual stream after the last layer, before final norm and head."""
         x = self.embedding(tokens, self.dtype)
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
         for layer in self.layers:
             x, _ = layer(x, positions)
-        return self.logits(x)
+        return x
 
     def extend(
         self, tokens: Int[Array, "b t"], cache: KVCache, last: Int[Array, ""] | None = None

@@ -34,7 +34,10 @@ def low_rank(A: Float[Array, "m n"], rank: int) -> tuple[Float[Array, "m {rank}"
     _, vectors = jnp.linalg.eigh(jnp.matmul(small, small.T, precision=highest))
     leading = vectors[:, ::-1][:, :usable]
     U = jnp.matmul(basis, leading, precision=highest)
-    V = jnp.matmul(leading.T, small, precision=highest)
+    # A singular vector's sign is free; fixed here, so that the stored bytes do not hang on a solver's choice.
+    peaks = jnp.take_along_axis(U, jnp.argmax(jnp.abs(U), axis=0, keepdims=True), axis=0)
+    U = U * jnp.where(peaks < 0, -1.0, 1.0)
+    V = jnp.matmul(U.T, A, precision=highest)
     return jnp.pad(U, ((0, 0), (0, rank - usable))), jnp.pad(V, ((0, rank - usable), (0, 0)))
 
 

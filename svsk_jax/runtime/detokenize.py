@@ -35,10 +35,10 @@ class Detokenizer:
         return piece
 
     def flush(self) -> str:
-        """What is held back, when no more ids come."""
+        """What is held back when no more ids come, less a character that was left unfinished."""
         piece = self._pending()
         self._shown = len(self._ids)
-        return piece
+        return piece.rstrip(REPLACEMENT)
 
     def _pending(self) -> str:
         return self._decode(self._ids)[len(self._decode(self._ids[: self._shown])) :]

@@ -7,7 +7,7 @@ import pytest
 
 from svsk_jax.evaluation import DivergenceReport, PerplexityReport, evaluate, evaluate_texts
 from svsk_jax.evaluation.divergence import token_divergence
-from svsk_jax.evaluation.evaluate import chunk_rows, hidden_states, window_divergence, window_nll
+from svsk_jax.evaluation.evaluate import chunk_rows, window_divergence, window_nll
 from svsk_jax.evaluation.windows import cut_windows
 from svsk_jax.model import Decoder, ModelConfig
 from svsk_jax.model.parameters import random_parameters
@@ -108,12 +108,6 @@ def test_a_model_alone_has_the_perplexity_it_has_beside_a_reference(reference, m
     assert isinstance(both, DivergenceReport)
     assert alone.ppl.value == pytest.approx(both.ppl_model.value, rel=1e-5)
     assert alone.nll.error == pytest.approx(both.nll_model.error, rel=1e-5)
-
-
-def test_hidden_states_lead_to_the_logits(model, windows):
-    tokens = jnp.asarray(windows.tokens)
-    logits = jax.jit(lambda decoder, ids: decoder.logits(hidden_states(decoder, ids)))(model, tokens)
-    np.testing.assert_allclose(logits, run(model, tokens), atol=1e-5)
 
 
 def test_texts_by_both_conventions(config, byte_tokenizer):

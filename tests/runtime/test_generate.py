@@ -98,7 +98,8 @@ def test_pieces_stream_and_join_to_the_text(generator, tokenizer):
     pieces = [first, *stream]
     assert len(pieces) > 5
     assert "".join(pieces) == stream.result.text
-    assert stream.result.text == tokenizer.decode(stream.result.token_ids, skip_special_tokens=True)
+    decoded = tokenizer.decode(stream.result.token_ids, skip_special_tokens=True)
+    assert stream.result.text == decoded.rstrip("\ufffd")
     assert list(stream) == []
     assert len(stream.result.token_ids) == 60
 

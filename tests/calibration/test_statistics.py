@@ -1,0 +1,90 @@
+"""Moments equal those of a plain computation, whatever the number of devices and the padding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from svsk_jax.calibration import store
+from svsk_jax.calibration.statistics import advance, data_mesh, embed_batches
+from svsk_jax.model import DecoderLayer
+from svsk_jax.model.parameters import LINEAR_INPUTS, layer_parameters, random_parameters
+
+
+@pytest.fixture
+def layer(tiny_config):
+    return DecoderLayer(tiny_config, layer_parameters(random_parameters(tiny_config, 0), 0))
+
+
+def run(layer, embedding, ids, mesh, full):
+    streams, masks = embed_batches(embedding, ids, 32, mesh)
+    moments = advance(layer, streams, masks, mesh, full)
+    return np.concatenate([np.asarray(stream) for stream in streams])[: len(ids)], moments
+
+
+def plain_inputs(layer, x):
+    """Every tapped activation, from an untouched run of the layer on all chunks at once."""
+    seen = {}
+    y, _ = layer(
+        x, jnp.arange(x.shape[1], dtype=jnp.int32), tap=lambda name, value: seen.update({name: value})
+    )
+    return y, seen
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_moments_against_float64(layer, tiny_config, full):
+    rng = np.random.default_rng(0)
+    embedding = rng.standard_normal((97, tiny_config.hidden_size)).astype(np.float32)
+    ids = rng.integers(0, 97, (11, 16)).astype(np.int32)
+    stream, moments = run(layer, embedding, ids, data_mesh(), full)
+    expected, inputs = plain_inputs(layer, jnp.asarray(embedding[ids]))
+    np.testing.assert_allclose(stream, expected, rtol=1e-4, atol=1e-4)
+    assert set(moments) == set(LINEAR_INPUTS.values())
+    for name, value in inputs.items():
+        x = np.asarray(value, np.float64).reshape(11 * 16, -1)
+        second = x.T @ x / len(x)
+        assert moments[name].tokens == 11 * 16
+        scale = np.abs(second).max()
+        np.testing.assert_allclose(
+            moments[name].mean, second if full else np.diag(second), rtol=1e-4, atol=1e-5 * scale
+        )
+
+
+def test_one_device_and_eight_agree(layer, tiny_config):
+    rng = np.random.default_rng(1)
+    embedding = rng.standard_normal((97, tiny_config.hidden_size)).astype(np.float32)
+    ids = rng.integers(0, 97, (13, 16)).astype(np.int32)
+    assert data_mesh().size == 8
+    auto = jax.sharding.AxisType.Auto
+    alone = jax.make_mesh((1,), ("data",), axis_types=(auto,), devices=jax.local_devices()[:1])
+    stream, moments = run(layer, embedding, ids, data_mesh(), True)
+    lone_stream, lone_moments = run(layer, embedding, ids, alone, True)
+    np.testing.assert_allclose(stream, lone_stream, rtol=1e-5, atol=1e-5)
+    for name, moment in moments.items():
+        assert int(moment.tokens) == int(lone_moments[name].tokens)
+        alone_total = np.asarray(lone_moments[name].total)
+        np.testing.assert_allclose(np.asarray(moment.total), alone_total, rtol=1e-5, atol=1e-3)
+
+
+def test_stored_statistics_come_back(layer, tiny_config, tmp_path):
+    embedding = np.random.default_rng(2).standard_normal((97, tiny_config.hidden_size)).astype(np.float32)
+    _, moments = run(layer, embedding, np.zeros((8, 16), np.int32), data_mesh(), False)
+    store.write_layer(tmp_path, 0, moments)
+    store.finish(tmp_path, {"fingerprint": "abc", "model": "m"})
+    statistics = store.Statistics.open(tmp_path)
+    for name, moment in statistics.layer(0).items():
+        np.testing.assert_array_equal(moment.total, moments[name].total)
+        assert moment.tokens == moments[name].tokens
+    with pytest.raises(ValueError, match="made from m, not from other"):
+        statistics.check_model("def", "other")
+    (tmp_path / "layer-00000.safetensors").write_bytes(b"short")
+    with pytest.raises(ValueError, match=r"layer-00000.*svsk calibrate"):
+        statistics.layer(0)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"format": 99}'])
+def test_statistics_that_are_not(tmp_path, content):
+    if content is not None:
+        (tmp_path / store.MANIFEST).write_text(content)
+    with pytest.raises(ValueError, match=r"--calib-stats .*svsk calibrate"):
+        store.Statistics.open(tmp_path)

@@ -1,0 +1,266 @@
+"""The command line on a small checkpoint: every verb, and bad input with its exit code and next step."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from support import byte_tokenizer
+
+from convert.names import source_names
+from svsk_jax.cli import explain, main
+from svsk_jax.model.parameters import random_parameters
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A Hugging Face folder of a small random Llama."""
+    from svsk_jax.model import ModelConfig
+
+    config = ModelConfig(
+        architecture="llama",
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=88,
+        num_layers=2,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=8,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+    )
+    folder = tmp_path_factory.mktemp("checkpoint")
+    names = source_names(config, "hf")
+    parameters = random_parameters(config, 0)
+    save_file(
+        {names[path].hf: np.asarray(value) for path, value in parameters.items()},
+        folder / "model.safetensors",
+    )
+    (folder / "config.json").write_text(json.dumps(config.to_hf()))
+    byte_tokenizer().save_pretrained(str(folder))
+    return folder
+
+
+CALIB = ["--chunks", "64", "--chunk-length", "32"]
+
+
+def svsk(*arguments):
+    """Exit status of a command run in this process."""
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as error:
+        return error.code
+    return 0
+
+
+@pytest.fixture(scope="module")
+def quantized(checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantized") / "out"
+    result = folder.parent / "result.json"
+    assert (
+        svsk(
+            "quantize",
+            "--model",
+            checkpoint,
+            "--output",
+            folder,
+            "--recipe",
+            "classic-r8",
+            "--json",
+            result,
+            *CALIB,
+        )
+        == 0
+    )
+    return folder, json.loads(result.read_text())
+
+
+def test_quantize_inspect_and_evaluate_agree_on_bits(checkpoint, quantized, tmp_path):
+    folder, result = quantized
+    assert result["recipe"] == "classic-r8"
+    assert svsk("inspect", "--model", folder, "--json", tmp_path / "i.json") == 0
+    totals = json.loads((tmp_path / "i.json").read_text())["totals"]
+    assert totals["decoder_linear_bits"] == result["linear_bits_per_weight"]
+    assert totals["bytes"] == result["bytes"]
+    command = [
+        "evaluate",
+        "--model",
+        folder,
+        "--reference",
+        checkpoint,
+        "--tokens",
+        2048,
+        "--json",
+        tmp_path / "e.json",
+    ]
+    assert svsk(*command) == 0
+    rows = json.dumps(json.loads((tmp_path / "e.json").read_text()))
+    assert "gptq" in rows
+    assert "llama.cpp" in rows
+    assert str(result["linear_bits_per_weight"]) in rows
+
+
+def test_calibrate_then_quantize(checkpoint, quantized, tmp_path):
+    assert svsk("calibrate", "--model", checkpoint, "--output", tmp_path / "stats", *CALIB) == 0
+    command = ["quantize", "--model", checkpoint, "--output", tmp_path / "out", "--recipe", "classic-r8"]
+    assert svsk(*command, "--calib-stats", tmp_path / "stats", "--json", tmp_path / "q.json") == 0
+    assert json.loads((tmp_path / "q.json").read_text())["layer_errors"] == quantized[1]["layer_errors"]
+
+
+def test_generate_is_seeded(quantized, tmp_path, capsys):
+    texts = []
+    for seed in (1, 1, 2):
+        command = ["generate", "--model", quantized[0], "--prompt", "Hello", "--raw", "--max-tokens", 24]
+        assert svsk(*command, "--temperature", 1.0, "--seed", seed, "--json", tmp_path / "g.json") == 0
+        texts.append(capsys.readouterr().out)
+        assert json.loads((tmp_path / "g.json").read_text())["text"] + "\n" == texts[-1]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_convert_is_lossless(checkpoint, tmp_path):
+    assert svsk("convert", "--model", checkpoint, "--output", tmp_path / "dense", "--dtype", "float32") == 0
+    assert svsk("export", "--model", tmp_path / "dense", "--output", tmp_path / "hf") == 0
+    original, back = (
+        load_file(checkpoint / "model.safetensors"),
+        load_file(tmp_path / "hf" / "model-00001-of-00001.safetensors"),
+    )
+    assert original.keys() == back.keys()
+    for name, value in original.items():
+        np.testing.assert_array_equal(value, back[name])
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_export_gives_transformers_the_same_logits(quantized, tmp_path):
+    torch = pytest.importorskip("torch")
+    import jax.numpy as jnp
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from svsk_jax import load_model, open_model
+
+    assert svsk("export", "--model", quantized[0], "--output", tmp_path / "hf", "--to", "dense") == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    ids = AutoTokenizer.from_pretrained(tmp_path / "hf")("Some text to read.")["input_ids"]
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits.numpy()
+    actual = load_model(open_model(str(quantized[0])))(jnp.asarray([ids], jnp.int32))
+    np.testing.assert_allclose(actual, expected, atol=1e-4)
+
+
+def broken(checkpoint, tmp_path, change):
+    folder = tmp_path / "broken"
+    shutil.copytree(checkpoint, folder)
+    change(folder)
+    return folder
+
+
+def truncate(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def edit_tensor(name, edit):
+    def change(folder):
+        tensors = load_file(folder / "model.safetensors")
+        tensors[name] = edit(tensors[name].copy())
+        save_file(tensors, folder / "model.safetensors")
+
+    return change
+
+
+def put_nan(value):
+    value[0, 0] = np.nan
+    return value
+
+
+def rename_architecture(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["MambaForCausalLM"]}))
+
+
+def remove_tokenizer(folder):
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (truncate, ["model.safetensors", "truncated"]),
+        (edit_tensor("model.layers.1.mlp.up_proj.weight", put_nan), ["model.layers.1.mlp.up_proj.weight"]),
+        (edit_tensor("model.norm.weight", lambda value: value.astype(np.int32)), ["model.norm.weight"]),
+        (edit_tensor("model.norm.weight", lambda value: value[:3].copy()), ["model.norm.weight", "3", "48"]),
+        (rename_architecture, ["MambaForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM"]),
+        (remove_tokenizer, ["tokenizer"]),
+    ],
+)
+def test_bad_checkpoints(checkpoint, tmp_path, capsys, change, words):
+    folder = broken(checkpoint, tmp_path, change)
+    assert svsk("quantize", "--model", folder, "--output", tmp_path / "out", *CALIB) == 2
+    message = capsys.readouterr().err
+    assert "error:" in message
+    assert "Traceback" not in message
+    for word in words:
+        assert word in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
+
+
+def test_bad_arguments(checkpoint, quantized, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("too short")
+    base = ["quantize", "--model", checkpoint, "--output", tmp_path / "out"]
+    for command, words in [
+        ([*base, "--calib", tmp_path / "short.txt"], ["9 tokens", "longer text"]),
+        ([*base, "--calib", "nowhere.txt"], ["nowhere.txt", "builtin"]),
+        ([*base, "--calib-stats", tmp_path], ["svsk calibrate"]),
+        ([*base, "--rank", "1000", *CALIB], ["rank", "128"]),
+        (["quantize", "--model", checkpoint, "--output", quantized[0], *CALIB], ["--overwrite"]),
+        (["quantize", "--model", quantized[0], "--output", tmp_path / "out", *CALIB], ["already quantized"]),
+        (["generate", "--model", quantized[0], "--prompt", "x", "--temperature", "-1"], ["temperature"]),
+        (["generate", "--model", tmp_path / "nothing", "--prompt", "x"], ["nothing"]),
+    ]:
+        assert svsk(*command) == 2, command
+        message = capsys.readouterr().err
+        for word in words:
+            assert word in message.replace("\n", " "), (command, message)
+    assert os.listdir(tmp_path) == ["short.txt"]
+
+
+def test_other_errors_have_their_own_status():
+    assert explain(KeyboardInterrupt())[0] == 1
+    assert explain(OSError(28, "No space left on device")) == explain(OSError(28, "No space left on device"))
+    status, message = explain(RuntimeError("INTERNAL: No space left on device"))
+    assert (status, "disk is full" in message) == (1, True)
+    assert explain(ConnectionError("hub"))[0] == 1
+    assert explain(ValueError("yours"))[0] == 2
+    status, message = explain(RuntimeError("ours"))
+    assert status == 1
+    assert "--debug" in message
+
+
+def test_interrupt_leaves_nothing(checkpoint, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "svsk_jax.cli",
+        "quantize",
+        "--model",
+        str(checkpoint),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    with subprocess.Popen([*command, *CALIB], stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not list(tmp_path.iterdir()):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, message = process.communicate(timeout=120)
+    assert process.returncode == 1, message
+    assert "interrupted" in message
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,147 @@
+"""The driver on a small model: bytes as predicted, statistics reusable, failures leave nothing."""
+
+import dataclasses
+import json
+import os
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import MemorySource
+
+from convert.load import load_decoder
+from svsk_jax import pipeline
+from svsk_jax.calibration.config import CalibrationConfig
+from svsk_jax.calibration.store import Statistics
+from svsk_jax.evaluation.divergence import token_divergence
+from svsk_jax.model.parameters import QUANTIZED_LINEARS, parameter_shapes
+from svsk_jax.quant.budget import predict
+from svsk_jax.quant.types import QuantConfig, TileShape, recipe
+from svsk_jax.storage import SavedModel
+
+CALIBRATION = CalibrationConfig(chunks=64, chunk_length=32)
+SMALL = QuantConfig(rank=4, tile=TileShape(rows=32, columns=32))
+
+
+@pytest.fixture
+def source(tiny_config):
+    return MemorySource(tiny_config)
+
+
+def contents(folder):
+    """Logical bytes of a saved model (files hold times and random names)."""
+    model = SavedModel(folder)
+    layers = [model.layer(index, jnp.float32) for index in range(model.config.num_layers)]
+    return jax.tree.map(np.asarray, (model.outer(jnp.float32), layers))
+
+
+def test_bytes_are_the_budget_and_errors_are_recorded(source, tmp_path):
+    events = []
+    result = pipeline.quantize(
+        source, tmp_path / "out", SMALL, recipe="small", calibration=CALIBRATION, on_progress=events.append
+    )
+    assert result.budget == predict(parameter_shapes(source.config), QUANTIZED_LINEARS, SMALL)
+    metadata = SavedModel(tmp_path / "out").metadata
+    assert metadata["bytes"]["whole_file"] == result.budget.total_bytes
+    assert metadata["bits"]["decoder_linears"] == result.budget.linear_bits
+    assert metadata["calibration"] == {
+        "calib": "builtin",
+        "chunks": 64,
+        "chunk_length": 32,
+        "moments": "diagonal",
+    }
+    assert metadata["quant_config"] == dataclasses.asdict(SMALL)
+    assert [event.layer for event in events] == [1, 2]
+    assert len(result.errors) == 2 * len(QUANTIZED_LINEARS)
+    assert all(0 < error < 0.02 for error in result.errors.values())
+    assert json.dumps(result.to_dict())
+
+
+def test_statistics_give_the_same_model_as_calibrating_now(source, tmp_path):
+    direct = pipeline.quantize(source, tmp_path / "direct", SMALL, recipe="small", calibration=CALIBRATION)
+    pipeline.calibrate(source, tmp_path / "stats", CALIBRATION)
+    reused = pipeline.quantize(
+        source, tmp_path / "reused", SMALL, recipe="small", statistics=Statistics.open(tmp_path / "stats")
+    )
+    assert direct.errors == reused.errors
+    jax.tree.map(np.testing.assert_array_equal, contents(tmp_path / "direct"), contents(tmp_path / "reused"))
+
+
+def test_more_rank_means_less_divergence(source, tmp_path):
+    pipeline.calibrate(source, tmp_path / "stats", CALIBRATION)
+    statistics = Statistics.open(tmp_path / "stats")
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 97, (4, 64)), jnp.int32)
+    run = jax.jit(lambda model, ids: model(ids))
+    reference = run(load_decoder(source, jnp.float32), tokens)
+    divergences = []
+    for rank in (0, 4, 16):
+        config = dataclasses.replace(SMALL, rank=rank)
+        out = tmp_path / f"r{rank}"
+        pipeline.quantize(source, out, config, recipe="small", statistics=statistics)
+        logits = run(load_decoder(SavedModel(out), jnp.float32), tokens)
+        divergences.append(float(token_divergence(reference, logits, tokens).kld.mean()))
+    assert 0 < divergences[2] < 0.5 * divergences[1] < 0.5 * divergences[0]
+
+
+def test_unquantized_copy_is_exact(source, tmp_path):
+    pipeline.convert(source, tmp_path / "dense", dtype=jnp.float32)
+    copy = SavedModel(tmp_path / "dense")
+    for index in range(source.config.num_layers):
+        jax.tree.map(
+            np.testing.assert_array_equal, copy.layer(index, jnp.float32), source.layer(index, np.float32)
+        )
+    # A converted model is an unquantized one: it may be quantized.
+    result = pipeline.quantize(copy, tmp_path / "out", SMALL, recipe="small", calibration=CALIBRATION)
+    assert result.output == tmp_path / "out"
+    with pytest.raises(ValueError, match="already quantized"):
+        pipeline.quantize(
+            SavedModel(tmp_path / "out"), tmp_path / "twice", SMALL, recipe="small", calibration=CALIBRATION
+        )
+
+
+def test_bfloat16_embedding(source, tmp_path):
+    config = dataclasses.replace(recipe("q4"), embedding="bfloat16")
+    result = pipeline.quantize(source, tmp_path / "out", config, recipe="q4", calibration=CALIBRATION)
+    assert result.budget == predict(parameter_shapes(source.config), QUANTIZED_LINEARS, config)
+    stored = SavedModel(tmp_path / "out").outer(jnp.float32)["embedding.weight"]
+    np.testing.assert_allclose(stored, source.parameters["embedding.weight"], rtol=2**-8)
+
+
+def test_statistics_of_another_model_are_refused(source, tiny_config, tmp_path):
+    pipeline.calibrate(MemorySource(tiny_config, seed=1), tmp_path / "stats", CALIBRATION)
+    with pytest.raises(ValueError, match="made from memory:1, not from memory:0"):
+        pipeline.quantize(
+            source, tmp_path / "out", SMALL, recipe="small", statistics=Statistics.open(tmp_path / "stats")
+        )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_a_run_cut_short_leaves_nothing(source, tmp_path, error):
+    def stop(event):
+        raise error
+
+    with pytest.raises(type(error)):
+        pipeline.quantize(
+            source, tmp_path / "out", SMALL, recipe="small", calibration=CALIBRATION, on_progress=stop
+        )
+    with pytest.raises(type(error)):
+        pipeline.calibrate(source, tmp_path / "stats", CALIBRATION, on_progress=stop)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_output_is_refused_before_any_work(source, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match="out"):
+            pipeline.quantize(source, tmp_path / "out", SMALL, recipe="small", overwrite=overwrite)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_too_small_a_disk_is_refused_with_the_number(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    with pytest.raises(OSError, match=r"needs 0 MB, the disk has 0 MB free"):
+        pipeline.quantize(source, tmp_path / "out", SMALL, recipe="small", calibration=CALIBRATION)
