@@ -95,11 +95,12 @@ def embed_batches(
 def advance(
     layer: DecoderLayer, streams: list[jax.Array], masks: list[jax.Array], mesh: Mesh, full: bool
 ) -> Moments:
-    """Push every batch through a layer, in place in `streams`, and add up its moments."""
+    """Push every batch through a layer, in place in `streams`; its moments, summed, on the first device."""
     layer = jax.device_put(layer, NamedSharding(mesh, P()))
     total: Moments | None = None
     for index, mask in enumerate(masks):
         streams[index], moments = layer_moments(layer, streams[index], mask, mesh, full)
         total = moments if total is None else {name: total[name] + moments[name] for name in moments}
     assert total is not None
-    return total
+    # On one device: what is computed from a replicated array would be computed once for each of them.
+    return jax.device_put(total, mesh.devices.flat[0])

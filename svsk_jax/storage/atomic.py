@@ -55,6 +55,7 @@ def output_folder(output: Path, *, overwrite: bool, marker: str) -> Iterator[Pat
     """A temporary folder beside `output` that takes its name when the block ends well, and is removed when
     it does not."""
     check_output(output, overwrite, marker)
+    output = output.absolute()
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.partial-"))
     try:

@@ -101,6 +101,7 @@ class SavedModel:
     """
 
     def __init__(self, folder: Path, mesh: Mesh | None = None):
+        folder = folder.absolute()
         if not is_saved_model(folder):
             raise ValueError(f"{folder}: not a model that svsk saved (no {MARKER})")
         self.folder, self.mesh = folder, mesh

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -107,6 +108,12 @@ def test_bfloat16_embedding(source, tmp_path):
     assert result.budget == predict(parameter_shapes(source.config), QUANTIZED_LINEARS, config)
     stored = SavedModel(tmp_path / "out").outer(jnp.float32)["embedding.weight"]
     np.testing.assert_allclose(stored, source.parameters["embedding.weight"], rtol=2**-8)
+
+
+def test_relative_paths(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pipeline.quantize(source, Path("sub/out"), SMALL, recipe="small", calibration=CALIBRATION)
+    assert SavedModel(Path("sub/out")).config == source.config
 
 
 def test_statistics_of_another_model_are_refused(source, tiny_config, tmp_path):
