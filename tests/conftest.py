@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from support import TINY
 
 from svsk_jax.demo_model import smollm2_gguf as fetch_smollm2
 from svsk_jax.model import ModelConfig
@@ -29,18 +30,5 @@ def smollm2_gguf() -> Path:
 
 @pytest.fixture
 def tiny_config() -> ModelConfig:
-    """A small Llama whose sizes divide nothing in particular."""
-    return ModelConfig(
-        architecture="llama",
-        vocab_size=97,
-        hidden_size=48,
-        intermediate_size=88,
-        num_layers=2,
-        num_heads=6,
-        num_kv_heads=2,
-        head_dim=8,
-        rms_norm_eps=1e-5,
-        rope_theta=10000.0,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-    )
+    """`support.TINY`."""
+    return TINY

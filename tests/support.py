@@ -6,11 +6,42 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from convert.names import source_names
 from svsk_jax.model import ModelConfig
 from svsk_jax.model.parameters import layer_parameters, random_parameters
+
+TINY = ModelConfig(
+    architecture="llama",
+    vocab_size=97,
+    hidden_size=48,
+    intermediate_size=88,
+    num_layers=2,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=8,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    max_position_embeddings=256,
+    tie_word_embeddings=True,
+)
+"""A small Llama whose sizes divide nothing in particular."""
+
+
+def write_checkpoint(folder: Path, seed: int) -> Path:
+    """Fill a Hugging Face folder with a random `TINY` model; returns it."""
+    names = source_names(TINY, "hf")
+    parameters = random_parameters(TINY, seed)
+    save_file(
+        {names[path].hf: np.asarray(value) for path, value in parameters.items()},
+        folder / "model.safetensors",
+    )
+    (folder / "config.json").write_text(json.dumps(TINY.to_hf()))
+    byte_tokenizer().save_pretrained(str(folder))
+    return folder
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -31,6 +31,7 @@ VERBS: dict[str, type[Verb]] = {
     "export": Export,
     "demo": Demo,
 }
+CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 USER_ERROR, OTHER_ERROR = 2, 1
 
 
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
         prog="svsk",
         description="Quantize large language models to about 4.5 bits per weight, and run them.",
         args=sys.argv[1:] if arguments is None else arguments,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        config=CONFIG,
     )
     signal.signal(signal.SIGTERM, _interrupt)
     warnings.showwarning = _show_warning

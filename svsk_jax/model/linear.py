@@ -16,8 +16,8 @@ def is_packed(weight: object) -> bool:
     return isinstance(weight, PackedWeight)
 
 
-def to_dense(weight: Weight, dtype: DTypeLike) -> Float[Array, "n k"]:
-    """The matrix as one dense array of `dtype`."""
+def to_dense(weight: Weight, dtype: DTypeLike) -> Float[Array, "*shape"]:
+    """A parameter as one dense array of `dtype`."""
     return dequantize(weight, dtype) if isinstance(weight, PackedWeight) else weight.astype(dtype)
 
 

@@ -11,42 +11,14 @@ import time
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from support import byte_tokenizer
+from support import write_checkpoint
 
-from convert.names import source_names
 from svsk_jax.cli import explain, main
-from svsk_jax.model.parameters import random_parameters
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A Hugging Face folder of a small random Llama."""
-    from svsk_jax.model import ModelConfig
-
-    config = ModelConfig(
-        architecture="llama",
-        vocab_size=97,
-        hidden_size=48,
-        intermediate_size=88,
-        num_layers=2,
-        num_heads=6,
-        num_kv_heads=2,
-        head_dim=8,
-        rms_norm_eps=1e-5,
-        rope_theta=10000.0,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-    )
-    folder = tmp_path_factory.mktemp("checkpoint")
-    names = source_names(config, "hf")
-    parameters = random_parameters(config, 0)
-    save_file(
-        {names[path].hf: np.asarray(value) for path, value in parameters.items()},
-        folder / "model.safetensors",
-    )
-    (folder / "config.json").write_text(json.dumps(config.to_hf()))
-    byte_tokenizer().save_pretrained(str(folder))
-    return folder
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), 0)
 
 
 CALIB = ["--chunks", "64", "--chunk-length", "32"]
