@@ -117,14 +117,19 @@ def _sections(rows: Sequence[ReportRow]) -> list[_Section]:
 
 
 def rich_tables(rows: Sequence[ReportRow]) -> list[Table]:
-    """One table for each text, convention and number of tokens, a line per model; ± is one standard error."""
+    """One table for each text, convention and number of tokens; ± is one standard error.
+
+    A column per model, so that a few models fit a terminal of 80 columns.
+    """
     tables = []
     for section in _sections(rows):
         table = Table(title=section.title, caption="± one standard error, tokens taken as independent")
-        for index, name in enumerate(section.header):
-            table.add_column(name, justify="right" if index else "left")
-        for cells in section.cells:
-            table.add_row(*cells)
+        for line in zip(section.header, *section.cells, strict=True):
+            if not table.columns:
+                for index, name in enumerate(line):
+                    table.add_column(name, justify="right" if index else "left")
+            else:
+                table.add_row(*line)
         tables.append(table)
     return tables
 

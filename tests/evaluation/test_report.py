@@ -65,8 +65,8 @@ def test_rich_tables_show_every_row():
     )
     rows = [ReportRow(name="both", evaluation=evaluation(0)), ReportRow(name="alone", evaluation=alone)]
     tables = rich_tables(rows)
-    assert [table.row_count for table in tables] == [1, 1]
-    console = Console(width=240)
+    assert [table.row_count for table in tables] == [9, 4]
+    console = Console(width=80)
     with console.capture() as captured:
         for table in tables:
             console.print(table)
