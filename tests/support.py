@@ -2,6 +2,7 @@
 conversion."""
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
