@@ -3,6 +3,7 @@
 from svsk_jax.calibration.config import CalibrationConfig
 from svsk_jax.calibration.store import Statistics
 from svsk_jax.evaluation.evaluate import evaluate, evaluate_texts
+from svsk_jax.model.source import ModelSource
 from svsk_jax.models import load_model, open_model
 from svsk_jax.pipeline import calibrate, convert, quantize
 from svsk_jax.quant.types import RECIPES, QuantConfig, recipe
@@ -12,6 +13,7 @@ from svsk_jax.runtime.sampling import SamplingConfig
 __all__ = [
     "RECIPES",
     "CalibrationConfig",
+    "ModelSource",
     "QuantConfig",
     "SamplingConfig",
     "Statistics",

@@ -12,7 +12,7 @@ from convert.source import open_checkpoint
 from svsk_jax.model.decoder import Decoder
 from svsk_jax.model.linear import to_dense
 from svsk_jax.model.source import ModelSource
-from svsk_jax.pipeline import default_dtype
+from svsk_jax.pipeline.checks import default_dtype
 from svsk_jax.storage.checkpoint import SavedModel, is_saved_model
 
 Weights = Literal["packed", "dense"]

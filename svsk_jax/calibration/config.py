@@ -8,14 +8,30 @@ from typing import Literal
 class CalibrationConfig:
     """Calibration text and what is measured on it."""
 
-    calib: str = "builtin"
-    """Text: builtin, wikitext, or the path of a .txt, .jsonl or .parquet file."""
+    calib: tuple[str, ...] = ("mixture",)
+    """Texts, each a name or the path of a .txt, .jsonl or .parquet file, with =WEIGHT for its share (1 if not
+    given). Names: documentation and code (both ship with Python; builtin is the two), wikitext, github and
+    chat (from the hub), self (written by the model itself), mixture (documentation, code, self and, where
+    the hub can be reached, its three)."""
     chunks: int = 128
-    """Chunks of text."""
+    """Chunks of text in all."""
     chunk_length: int | None = None
-    """Tokens in a chunk; by default what the text and the model's context allow, up to 2048."""
-    moments: Literal["diagonal", "full"] = "diagonal"
-    """Second moments kept of each linear's input: the diagonal, which the classic recipes use, or the full
-    matrix."""
+    """Tokens in a chunk; by default 512, or the model's context if that is shorter."""
+    moments: Literal["full", "diagonal"] = "full"
+    """Second moments kept of each linear's input: the full matrix, or the diagonal, which is all that the
+    classic recipes need."""
+    fisher: Literal["on", "off"] = "on"
+    """Whether to measure how strongly the model's output feels each linear's output."""
+    fisher_chunks: int = 64
+    """Chunks that this is measured on."""
+    fisher_memory: float = 8.0
+    """Gigabytes of layer inputs held in memory for it; the rest go to disk."""
     batch_tokens: int = 2048
     """Tokens that one device takes at once."""
+    seed: int = 0
+    """Of the labels that the Fisher pass samples, and of text that the model writes."""
+
+    @property
+    def measures_sensitivity(self) -> bool:
+        """Whether the Fisher pass runs."""
+        return self.fisher == "on" and self.moments == "full"

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32
 
 from svsk_jax.model.decoder import DecoderLayer
+from svsk_jax.model.parameters import LINEAR_INPUTS
 from svsk_jax.quant.types import InputMoment
 
 Moments = dict[str, InputMoment]
@@ -51,9 +52,12 @@ def layer_moments(
 
     def local(layer, x, mask):
         seen: Moments = {}
+        inputs = set(LINEAR_INPUTS.values())
 
-        def tap(name: str, value: jax.Array) -> None:
-            seen[name] = _moment(value, mask, full)
+        def tap(name: str, value: jax.Array) -> jax.Array:
+            if name in inputs:
+                seen[name] = _moment(value, mask, full)
+            return value
 
         positions = jnp.arange(x.shape[1], dtype=jnp.int32)
         y, _ = layer(x, positions, tap=tap)
@@ -90,17 +94,3 @@ def embed_batches(
         streams.append(jax.device_put(rows, sharding))
         masks.append(jax.device_put(mask, sharding))
     return streams, masks
-
-
-def advance(
-    layer: DecoderLayer, streams: list[jax.Array], masks: list[jax.Array], mesh: Mesh, full: bool
-) -> Moments:
-    """Push every batch through a layer, in place in `streams`; its moments, summed, on the first device."""
-    layer = jax.device_put(layer, NamedSharding(mesh, P()))
-    total: Moments | None = None
-    for index, mask in enumerate(masks):
-        streams[index], moments = layer_moments(layer, streams[index], mask, mesh, full)
-        total = moments if total is None else {name: total[name] + moments[name] for name in moments}
-    assert total is not None
-    # On one device: what is computed from a replicated array would be computed once for each of them.
-    return jax.device_put(total, mesh.devices.flat[0])

@@ -1,4 +1,4 @@
-"""Statistics on disk: one safetensors file per decoder layer and a calibration.json, reusable across
+"""Statistics on disk: two safetensors files per decoder layer and a calibration.json, reusable across
 recipes."""
 
 import dataclasses
@@ -12,31 +12,67 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from svsk_jax.calibration.sensitivity import Sensitivities
 from svsk_jax.calibration.statistics import Moments
-from svsk_jax.quant.types import InputMoment
+from svsk_jax.quant.types import InputMoment, OutputSensitivity
 from svsk_jax.storage.atomic import write_json
 
 MANIFEST = "calibration.json"
-FORMAT = 1
+FORMAT = 2
+WEIGHTED = "weighted."
 
 
-def _layer_file(folder: Path, index: int) -> Path:
+def _moments_file(folder: Path, index: int) -> Path:
     return folder / f"layer-{index:05d}.safetensors"
 
 
-def write_layer(folder: Path, index: int, moments: Mapping[str, InputMoment]) -> None:
+def _sensitivity_file(folder: Path, index: int) -> Path:
+    return folder / f"fisher-{index:05d}.safetensors"
+
+
+def write_moments(folder: Path, index: int, moments: Moments) -> None:
     """Store one layer's moments: the f32 sum under the activation's name, the token count as
     `<name>.tokens`."""
+    save_file(_plain_moments(moments), _moments_file(folder, index))
+
+
+def write_sensitivities(folder: Path, index: int, sensitivities: Sensitivities, weighted: Moments) -> None:
+    """Store one layer's sensitivities, as `<linear>.blocks`, `.weights` and `.tokens`, and its weighted
+    moments, as `weighted.<activation>` and `.tokens`."""
+    arrays = _plain_moments({f"{WEIGHTED}{name}": moment for name, moment in weighted.items()})
+    for name, sensitivity in sensitivities.items():
+        arrays[f"{name}.blocks"] = np.asarray(sensitivity.blocks)
+        arrays[f"{name}.weights"] = np.asarray(sensitivity.weights)
+        arrays[f"{name}.tokens"] = np.asarray(sensitivity.tokens).reshape(1)
+    save_file(arrays, _sensitivity_file(folder, index))
+
+
+def _plain_moments(moments: Moments) -> dict[str, np.ndarray]:
     arrays = {}
     for name, moment in moments.items():
         arrays[name] = np.asarray(moment.total)
         arrays[f"{name}.tokens"] = np.asarray(moment.tokens).reshape(1)
-    save_file(arrays, _layer_file(folder, index))
+    return arrays
+
+
+def _moments(arrays: Mapping[str, np.ndarray]) -> Moments:
+    return {
+        name: InputMoment(total=jnp.asarray(value), tokens=jnp.asarray(arrays[f"{name}.tokens"][0]))
+        for name, value in arrays.items()
+        if not name.endswith(".tokens")
+    }
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); run `svsk calibrate` again") from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """Moments of a calibration run, read layer by layer."""
+    """What a calibration run measured, read layer by layer."""
 
     folder: Path
     manifest: Mapping[str, Any]
@@ -67,18 +103,38 @@ class Statistics:
                 f"{description}; run `svsk calibrate` for this model"
             )
 
+    @property
+    def has_full_moments(self) -> bool:
+        """Whether whole second moments were kept, not only their diagonals."""
+        return self.manifest["text"]["moments"] == "full"
+
+    @property
+    def has_sensitivity(self) -> bool:
+        """Whether the Fisher pass was run."""
+        return self.manifest["text"]["fisher_chunks"] > 0
+
     def layer(self, index: int) -> Moments:
         """Moments of one layer."""
-        path = _layer_file(self.folder, index)
-        try:
-            arrays = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path}: cannot be read ({error}); run `svsk calibrate` again") from error
-        return {
-            name: InputMoment(total=jnp.asarray(value), tokens=jnp.asarray(arrays[f"{name}.tokens"][0]))
-            for name, value in arrays.items()
-            if not name.endswith(".tokens")
+        return _moments(_read(_moments_file(self.folder, index)))
+
+    def sensitivities(self, index: int) -> tuple[Sensitivities, Moments]:
+        """Output sensitivities and weighted moments of one layer; empty without a Fisher pass."""
+        if not self.has_sensitivity:
+            return {}, {}
+        arrays = _read(_sensitivity_file(self.folder, index))
+        weighted = {
+            name.removeprefix(WEIGHTED): value for name, value in arrays.items() if name.startswith(WEIGHTED)
         }
+        linears = [name.removesuffix(".blocks") for name in arrays if name.endswith(".blocks")]
+        sensitivities = {
+            name: OutputSensitivity(
+                blocks=jnp.asarray(arrays[f"{name}.blocks"]),
+                weights=jnp.asarray(arrays[f"{name}.weights"]),
+                tokens=jnp.asarray(arrays[f"{name}.tokens"][0]),
+            )
+            for name in linears
+        }
+        return sensitivities, _moments(weighted)
 
 
 def finish(folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import tyro
 from rich.markup import escape
 
+from svsk_jax.cli.autotune import Autotune
 from svsk_jax.cli.calibrate import Calibrate
 from svsk_jax.cli.common import Verb, console
 from svsk_jax.cli.convert import Convert
@@ -25,6 +26,7 @@ VERBS: dict[str, type[Verb]] = {
     "convert": Convert,
     "calibrate": Calibrate,
     "quantize": Quantize,
+    "autotune": Autotune,
     "evaluate": Evaluate,
     "generate": Generate,
     "inspect": Inspect,

@@ -20,13 +20,13 @@ class Calibrate(OutputFlags, ModelFlags, Verb):
     def run(self) -> dict[str, Any]:
         """Calibrate."""
         source = open_model(self.model, revision=self.revision)
-        with layer_progress("calibrate") as on_progress:
+        with layer_progress() as on_progress:
             manifest = pipeline.calibrate(
                 source, self.output, self.calibration, overwrite=self.overwrite, on_progress=on_progress
             )
         text = manifest["text"]
         console.print(
-            f"wrote {self.output}: {text['chunks']} chunks of {text['chunk_length']} tokens of "
-            f"{text['calib']}"
+            f"wrote {self.output}: {text['chunks']} chunks of {text['chunk_length']} tokens: "
+            + ", ".join(f"{count} of {name}" for name, count in text["calib"].items())
         )
         return {"output": str(self.output), **manifest}

@@ -13,6 +13,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -58,9 +59,7 @@ class OutputFlags:
     """Replace an output folder of an earlier run."""
 
 
-@contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar that is moved by calling it with (done, total, detail)."""
+def _bars() -> Progress:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -70,18 +69,27 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(title, total=None, detail="")
-        yield lambda done, total, detail="": progress.update(task, completed=done, total=total, detail=detail)
+    return Progress(*columns, console=console)
 
 
 @contextmanager
-def layer_progress(title: str) -> Iterator[pipeline.OnProgress]:
-    """A bar over decoder layers, with the layer error so far."""
-    with progress_bar(title) as move:
+def progress_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar that is moved by calling it with (done, total, detail)."""
+    with _bars() as bars:
+        task = bars.add_task(title, total=None, detail="")
+        yield lambda done, total, detail="": bars.update(task, completed=done, total=total, detail=detail)
+
+
+@contextmanager
+def layer_progress() -> Iterator[pipeline.OnProgress]:
+    """A bar over decoder layers for each stage of a run, with the layer error so far."""
+    with _bars() as bars:
+        tasks: dict[str, TaskID] = {}
 
         def on_progress(event: pipeline.Progress) -> None:
             detail = "" if event.error is None else f"layer error {event.error:.2e}"
-            move(event.layer, event.layers, detail)
+            if event.stage not in tasks:
+                tasks[event.stage] = bars.add_task(event.stage, total=event.layers, detail="")
+            bars.update(tasks[event.stage], completed=event.layer, detail=detail)
 
         yield on_progress

@@ -20,7 +20,7 @@ class Convert(OutputFlags, ModelFlags, Verb):
     def run(self) -> dict[str, Any]:
         """Convert."""
         source = open_model(self.model, revision=self.revision)
-        with layer_progress("convert") as on_progress:
+        with layer_progress() as on_progress:
             metadata = pipeline.convert(
                 source,
                 self.output,

@@ -25,7 +25,7 @@ from svsk_jax.runtime.sampling import SamplingConfig
 from svsk_jax.storage.atomic import check_output
 from svsk_jax.storage.checkpoint import MARKER
 
-RECIPES = ("q4", "classic-r16")
+RECIPES = ("classic-r16", "svsk-r16")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Demo(Verb):
             check_output(self.output / name, True, MARKER)
         source = _demo_model()
         statistics_folder = self.output / "statistics"
-        with layer_progress(f"calibrate on {self.calibration.calib}") as on_progress:
+        with layer_progress() as on_progress:
             pipeline.calibrate(
                 source, statistics_folder, self.calibration, overwrite=True, on_progress=on_progress
             )
@@ -59,7 +59,7 @@ class Demo(Verb):
         texts = read_texts("builtin", "evaluation")
         rows = []
         for name in RECIPES:
-            with layer_progress(f"quantize {name}") as on_progress:
+            with layer_progress() as on_progress:
                 pipeline.quantize(
                     source,
                     self.output / name,

@@ -11,7 +11,7 @@ from svsk_jax.cli.common import ModelFlags, Verb, console
 from svsk_jax.model.parameters import QUANTIZED_LINEARS, parameter_shapes
 from svsk_jax.model.source import ModelSource
 from svsk_jax.models import open_model
-from svsk_jax.pipeline import geometric_mean
+from svsk_jax.pipeline.progress import geometric_mean
 from svsk_jax.storage.checkpoint import SavedModel
 from svsk_jax.storage.packing import abstract
 

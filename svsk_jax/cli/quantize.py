@@ -9,20 +9,22 @@ from svsk_jax.calibration.config import CalibrationConfig
 from svsk_jax.calibration.store import Statistics
 from svsk_jax.cli.common import ModelFlags, OutputFlags, Verb, console, layer_progress
 from svsk_jax.models import open_model
-from svsk_jax.quant.types import recipe
-
-RecipeName = Literal["q4", "classic-r8", "classic-r16"]
+from svsk_jax.pipeline import Plan
+from svsk_jax.quant.types import DEFAULT_RECIPE, RECIPES, QuantConfig, recipe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quantize(OutputFlags, ModelFlags, Verb):
     """Quantize a model, layer by layer."""
 
-    recipe: RecipeName = "classic-r16"
-    """How linears are stored: q4 (4-bit base alone), classic-r8 or classic-r16 (with a sidecar of that
-    rank)."""
+    recipe: str = DEFAULT_RECIPE
+    """How linears are stored: svsk-r16 (4.60 bits/weight) or svsk-r8 (4.44), both with groups and ranks
+    allocated; the published classic-r16 or classic-r8; q4 (their base alone); or a file that `svsk
+    autotune` wrote."""
     rank: int | None = None
-    """Rank of the sidecar instead of the recipe's; 0 for none."""
+    """Rank of the sidecar in every tile instead of the recipe's; 0 for none."""
+    bits: float | None = None
+    """Bits per weight of the decoder linears instead of the recipe's; svsk recipes only."""
     embedding: Literal["int8", "bfloat16"] = "int8"
     """How embedding and head are stored."""
     calib_stats: Path | None = None
@@ -30,15 +32,33 @@ class Quantize(OutputFlags, ModelFlags, Verb):
     calibration: CalibrationConfig = CalibrationConfig()
     """What to calibrate on."""
 
+    def _chosen(self) -> tuple[str, QuantConfig | Plan]:
+        if self.recipe not in RECIPES and Path(self.recipe).suffix == ".json":
+            if self.rank is not None or self.bits is not None:
+                raise ValueError("--recipe FILE fixes ranks and bits: leave out --rank and --bits")
+            plan = Plan.load(Path(self.recipe))
+            settings = dataclasses.replace(plan.config, embedding=self.embedding)
+            return plan.recipe, dataclasses.replace(plan, config=settings)
+        config, name = dataclasses.replace(recipe(self.recipe), embedding=self.embedding), self.recipe
+        if self.rank is not None and self.bits is not None:
+            raise ValueError("--rank and --bits exclude each other: ranks follow from the bits")
+        if self.rank is not None:
+            config, name = (
+                dataclasses.replace(config, rank=self.rank, bits=None),
+                f"{name} with rank {self.rank}",
+            )
+        if self.bits is not None:
+            if config.bits is None:
+                raise ValueError(f"--bits {self.bits}: {name} does not allocate; take svsk-r16 or svsk-r8")
+            config, name = dataclasses.replace(config, bits=self.bits), f"{name} with {self.bits} bits"
+        return name, config
+
     def run(self) -> dict[str, Any]:
         """Quantize."""
-        config = dataclasses.replace(recipe(self.recipe), embedding=self.embedding)
-        name: str = self.recipe
-        if self.rank is not None:
-            config, name = dataclasses.replace(config, rank=self.rank), f"{self.recipe} with rank {self.rank}"
+        name, config = self._chosen()
         source = open_model(self.model, revision=self.revision)
         statistics = None if self.calib_stats is None else Statistics.open(self.calib_stats)
-        with layer_progress("quantize") as on_progress:
+        with layer_progress() as on_progress:
             result = pipeline.quantize(
                 source,
                 self.output,

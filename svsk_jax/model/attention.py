@@ -59,10 +59,10 @@ class Attention(nnx.Module):
         """Attend from `positions` to themselves and, with a cache, to what it holds; returns the output and
         the grown cache."""
         config = self.config
-        tap("attention.input", x)
-        q = self.q(x).reshape(*x.shape[:2], config.num_heads, config.head_dim)
-        k = self.k(x).reshape(*x.shape[:2], config.num_kv_heads, config.head_dim)
-        v = self.v(x).reshape(*x.shape[:2], config.num_kv_heads, config.head_dim)
+        x = tap("attention.input", x)
+        q = tap("attention.q", self.q(x)).reshape(*x.shape[:2], config.num_heads, config.head_dim)
+        k = tap("attention.k", self.k(x)).reshape(*x.shape[:2], config.num_kv_heads, config.head_dim)
+        v = tap("attention.v", self.v(x)).reshape(*x.shape[:2], config.num_kv_heads, config.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         frequencies = jnp.asarray(config.inverse_frequencies)
@@ -83,5 +83,5 @@ class Attention(nnx.Module):
             )
             cache = (keys, values, length + x.shape[1])
         mixed = mixed.reshape(*x.shape[:2], config.num_heads * config.head_dim)
-        tap("attention.output", mixed)
-        return self.o(mixed), cache
+        mixed = tap("attention.output", mixed)
+        return tap("attention.o", self.o(mixed)), cache

@@ -29,10 +29,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "b t d"], tap: Tap = no_tap) -> Float[Array, "b t d"]:
         """Apply to the last axis."""
-        tap("mlp.input", x)
-        hidden = jax.nn.silu(self.gate(x)) * self.up(x)
-        tap("mlp.hidden", hidden)
-        return self.down(hidden)
+        x = tap("mlp.input", x)
+        hidden = jax.nn.silu(tap("mlp.gate", self.gate(x))) * tap("mlp.up", self.up(x))
+        return tap("mlp.down", self.down(tap("mlp.hidden", hidden)))
 
 
 class DecoderLayer(nnx.Module):
@@ -62,13 +61,21 @@ class Decoder(nnx.Module):
     matrices may be packed.
 
     A module is a pytree: `jax.jit(lambda model, tokens: model(tokens))` is how to run it. Activations have
-    `dtype`.
+    `dtype`. `num_layers` builds only the first layers, 0 embedding and head alone.
     """
 
-    def __init__(self, config: ModelConfig, parameters: Mapping[str, Any], dtype: DTypeLike = jnp.float32):
+    def __init__(
+        self,
+        config: ModelConfig,
+        parameters: Mapping[str, Any],
+        dtype: DTypeLike = jnp.float32,
+        *,
+        num_layers: int | None = None,
+    ):
+        layers = config.num_layers if num_layers is None else num_layers
         self.embedding = Embedding(parameters["embedding.weight"])
         self.layers = nnx.List(
-            [DecoderLayer(config, layer_parameters(parameters, index)) for index in range(config.num_layers)]
+            [DecoderLayer(config, layer_parameters(parameters, index)) for index in range(layers)]
         )
         self.final_norm = RMSNorm(parameters["final_norm.scale"], config.rms_norm_eps)
         self.head = None if config.tie_word_embeddings else Linear(parameters["head.weight"])

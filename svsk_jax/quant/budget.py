@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from pallas_kernels.svsk_matmul.layout import SUPER_GROUP, ceil_div, packed_int6_bytes, tile_spans
-from pallas_kernels.svsk_matmul.types import INT8_GROUP
+from pallas_kernels.svsk_matmul.types import INT8_GROUP, Codebook, ScaleKind
 from svsk_jax.quant.types import QuantConfig
 
 
@@ -34,15 +34,13 @@ class Budget:
         return 8 * self.total_bytes / self.total_weights
 
 
-def base_bytes(shape: tuple[int, int], config: QuantConfig) -> int:
+def base_bytes(shape: tuple[int, int], group: int, scales: ScaleKind, codebook: Codebook) -> int:
     """Bytes of codes, scales and codebook coefficients of an [N, K] matrix."""
     n, k = shape
-    groups = ceil_div(k, config.group)
-    scales = (
-        2 * groups if config.scales == "flat" else packed_int6_bytes(groups) + 2 * ceil_div(k, SUPER_GROUP)
-    )
-    coefficients = 4 if config.codebook == "companded" else 0
-    return n * (ceil_div(k, 2) + scales) + coefficients
+    groups = ceil_div(k, group)
+    row = 2 * groups if scales == "flat" else packed_int6_bytes(groups) + 2 * ceil_div(k, SUPER_GROUP)
+    coefficients = 4 if codebook == "companded" else 0
+    return n * (ceil_div(k, 2) + row) + coefficients
 
 
 def sidecar_bytes(shape: tuple[int, int], config: QuantConfig) -> int:
@@ -53,8 +51,12 @@ def sidecar_bytes(shape: tuple[int, int], config: QuantConfig) -> int:
 
 
 def linear_bytes(shape: tuple[int, int], config: QuantConfig) -> int:
-    """Bytes of an [N, K] matrix as stored under a recipe."""
-    return base_bytes(shape, config) + sidecar_bytes(shape, config)
+    """Bytes of an [N, K] matrix as stored under a recipe. Where groups and ranks are allocated, its share of
+    the budget by size; what it gets may be more or less."""
+    if config.bits is not None:
+        return int(config.bits * shape[0] * shape[1] / 8)
+    base = base_bytes(shape, config.groups[0], config.scales, config.codebook)
+    return base + sidecar_bytes(shape, config)
 
 
 def embedding_bytes(shape: tuple[int, int], config: QuantConfig) -> int:

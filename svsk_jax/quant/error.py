@@ -9,8 +9,8 @@ from svsk_jax.quant.types import InputMoment, PackedWeight
 
 
 def output_energy(E: Float[Array, "n k"], moment: InputMoment) -> Float[Array, ""]:
-    """tr(E H Eᵀ), f32: mean square over tokens of E x, summed over outputs; with a diagonal moment, Σ "
-    "hₖ eₙₖ²."""
+    """tr(E H Eᵀ), f32: mean square over tokens of E x, summed over outputs; with a diagonal moment, Σ
+    hₖ eₙₖ²."""
     if moment.is_full:
         return jnp.sum(jnp.matmul(E, moment.mean, precision=jax.lax.Precision.HIGHEST) * E)
     return jnp.sum(E * E * moment.mean)

@@ -1,4 +1,4 @@
-"""Quantize one linear: base, then sidecar of what the base left."""
+"""Quantize one linear by the published method: base, then sidecar of what the base left."""
 
 import functools
 
@@ -19,15 +19,12 @@ def quantize_linear(W: Float[Array, "n k"], moment: InputMoment, config: QuantCo
     same input gives the same bytes.
 
     Raises:
-        NotImplementedError: the recipe asks for a codebook or scales that no search here fills.
+        ValueError: the recipe's scales are not flat.
     """
-    if config.codebook != "linear" or config.scales != "flat":
-        raise NotImplementedError(
-            f"no scale search for codebook={config.codebook} with scales={config.scales} yet; use linear "
-            "with flat scales"
-        )
+    if config.scales != "flat":
+        raise ValueError("quantize_linear: the published method has flat scales; use `joint.quantize_joint`")
     W = W.astype(jnp.float32)
-    codes, scales = search_scales(W, moment.diagonal, config.group)
+    codes, scales = search_scales(W, moment.diagonal, config.groups[0])
     base = SVSKWeight(
         codes=pack_codes(codes + jnp.int8(8)),
         scales=scales,
@@ -35,7 +32,7 @@ def quantize_linear(W: Float[Array, "n k"], moment: InputMoment, config: QuantCo
         coefficients=None,
         sidecar=None,
         shape=(W.shape[0], W.shape[1]),
-        group=config.group,
+        group=config.groups[0],
     )
     if config.rank == 0:
         return base

@@ -67,7 +67,10 @@ def fit_diagonal(E: Float[Array, "n k"], h: Float[Array, "k"], tile: tuple[int, 
     D = jnp.sqrt(h + 1e-6 * jnp.mean(h) + jnp.finfo(jnp.float32).tiny)
     weighted = pad_axis(pad_axis(E * D, 0, height), 1, width)
     tiles = weighted.reshape(row_tiles, height, column_tiles, width).swapaxes(1, 2)
-    U, V = jax.vmap(jax.vmap(lambda A: low_rank(A, rank)))(tiles)
+    # lax.map, not vmap: on CPU, XLA's batched solvers can wait for one another for ever.
+    U, V = jax.lax.map(lambda A: low_rank(A, rank), tiles.reshape(-1, height, width))
+    U = U.reshape(row_tiles, column_tiles, height, rank)
+    V = V.reshape(row_tiles, column_tiles, rank, width)
     V = V / jnp.pad(D, (0, -k % width), constant_values=1.0).reshape(1, column_tiles, 1, width)
     U, u_step = _to_int8(U, axis=-2)
     V, v_step = _to_int8(V, axis=-1)

@@ -16,16 +16,26 @@ from pallas_kernels.svsk_matmul.types import (
 )
 
 __all__ = [
+    "DEFAULT_RECIPE",
+    "MAX_RANK",
     "RECIPES",
+    "SENSITIVITY_TILE",
     "InputMoment",
     "Int8Weight",
+    "OutputSensitivity",
     "PackedWeight",
     "QuantConfig",
     "SVSKWeight",
     "Sidecar",
+    "TensorPlan",
     "TileShape",
     "recipe",
 ]
+
+MAX_RANK = 128
+"""Largest rank of a sidecar tile."""
+SENSITIVITY_TILE = 512
+"""Rows of a block of the output sensitivity."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,34 +56,118 @@ class TileShape:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantConfig:
-    """How decoder linears, embedding and head are stored, and how the stored numbers are found."""
+    """How decoder linears, embedding and head are stored, and how the stored numbers are found.
+
+    Two families. With flat scales, the published method: linear codebook, one search for scales and codes, a
+    sidecar of equal ranks from a weighted SVD. With two-level scales, the strong one: error feedback, a
+    sidecar in the metric of choice, and group sizes and ranks allocated to a budget of `bits`.
+    """
 
     codebook: Codebook = "linear"
     """Levels of the 4-bit codes."""
-    group: Literal[16, 32, 64] = 64
-    """Columns that share a scale."""
+    coefficients: tuple[float, float] = (0.008, 0.3)
+    """(a, δ) of the companded codebook."""
+    groups: tuple[int, ...] = (64,)
+    """Columns that share a scale: 16, 32 or 64; where several are given, each linear gets one of them."""
     scales: ScaleKind = "flat"
     """Scales as one f16 each (flat), or as int6 with an f16 per 256 columns (two_level)."""
+    bits: float | None = None
+    """Bits per weight of the decoder linears to allocate groups and ranks to; None for `rank` in every
+    tile."""
     rank: int = 16
-    """Rank of the sidecar in every tile; 0 for none."""
+    """Rank of the sidecar in every tile where ranks are not allocated; 0 for none."""
     tile: TileShape = TileShape()
     """Tile of the sidecar."""
+    importance: Literal["second_moment", "imatrix"] = "second_moment"
+    """Cost of an error in the scale search: h, or h √(2 mean(w²) + w²)."""
+    feedback: Literal["none", "columns", "both"] = "none"
+    """Error feedback over the columns of a row, or over its columns and the rows of a tile."""
+    metric: Literal["diagonal", "full", "fisher"] = "diagonal"
+    """What the sidecar minimises: the error under the inputs' mean squares, under their second moments, or
+    under these and the model's sensitivity to the output."""
+    fisher_share: float = 0.0
+    """Share of the second moment weighted by token sensitivity in H."""
+    damping: float = 0.01
+    """Share of its mean diagonal added to H before error feedback."""
+    moment_shrinkage: float = 0.0
+    """Share by which H is drawn towards its diagonal."""
+    sensitivity_shrinkage: float = 0.01
+    """Share by which G is drawn towards a multiple of the identity."""
+    joint_rounds: int = 0
+    """Rounds of rounding W minus the sidecar, then fitting the sidecar again."""
     embedding: Literal["int8", "bfloat16"] = "int8"
     """How embedding and head are stored: int8 with an f16 scale per 64 columns, or unquantized bfloat16."""
 
     def __post_init__(self):
-        if self.group not in (16, 32, 64):
-            raise ValueError(f"QuantConfig.group: expected 16, 32 or 64, got {self.group}")
-        if not 0 <= self.rank <= 128:
-            raise ValueError(f"QuantConfig.rank: expected 0 to 128, got {self.rank}")
+        if not self.groups or any(group not in (16, 32, 64) for group in self.groups):
+            raise ValueError(f"QuantConfig.groups: expected 16, 32 or 64, got {self.groups}")
+        if not 0 <= self.rank <= MAX_RANK:
+            raise ValueError(f"QuantConfig.rank: expected 0 to {MAX_RANK}, got {self.rank}")
+        if self.scales == "flat" and (
+            self.codebook != "linear"
+            or self.feedback != "none"
+            or self.metric != "diagonal"
+            or self.bits is not None
+            or len(self.groups) != 1
+        ):
+            raise ValueError(
+                "QuantConfig: flat scales go with the published method alone (linear codebook, one group "
+                "size, no feedback, diagonal metric, no budget); use two_level scales"
+            )
+        if self.tile.rows > SENSITIVITY_TILE and self.metric == "fisher":
+            raise ValueError(
+                f"QuantConfig.tile: the fisher metric takes tiles of at most {SENSITIVITY_TILE} rows, got "
+                f"{self.tile.rows}"
+            )
+        for name in ("fisher_share", "moment_shrinkage", "sensitivity_shrinkage"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"QuantConfig.{name}: expected 0 to 1, got {getattr(self, name)}")
 
+    @property
+    def needs_full_moments(self) -> bool:
+        """Whether diagonals of the second moments are not enough."""
+        return self.scales == "two_level"
+
+    @property
+    def needs_sensitivity(self) -> bool:
+        """Whether the recipe is meant to be given the Fisher pass."""
+        return self.metric == "fisher" or self.fisher_share > 0 or self.feedback == "both"
+
+    def without_sensitivity(self) -> "QuantConfig":
+        """The same recipe in the plain metric."""
+        return dataclasses.replace(
+            self,
+            metric="full" if self.metric == "fisher" else self.metric,
+            fisher_share=0.0,
+            feedback="columns" if self.feedback == "both" else self.feedback,
+        )
+
+
+STRONG = QuantConfig(
+    codebook="companded",
+    groups=(16, 32),
+    scales="two_level",
+    bits=4.6,
+    tile=TileShape(rows=512, columns=0),
+    importance="imatrix",
+    feedback="both",
+    metric="fisher",
+    fisher_share=0.5,
+    moment_shrinkage=0.05,
+    sensitivity_shrinkage=0.1,
+    joint_rounds=2,
+)
 
 RECIPES: dict[str, QuantConfig] = {
-    "q4": QuantConfig(rank=0),
-    "classic-r8": QuantConfig(rank=8),
+    "svsk-r16": STRONG,
+    "svsk-r8": dataclasses.replace(STRONG, bits=4.44),
     "classic-r16": QuantConfig(rank=16),
+    "classic-r8": QuantConfig(rank=8),
+    "q4": QuantConfig(rank=0),
 }
-"""Named recipes. `q4` is the base of the classic ones without a sidecar."""
+"""Named recipes. `svsk-*` keep the published budgets and allocate groups and ranks within them; `classic-*`
+are the published method, and `q4` is their base without a sidecar."""
+DEFAULT_RECIPE = "svsk-r16"
 
 
 def recipe(name: str) -> QuantConfig:
@@ -81,6 +175,25 @@ def recipe(name: str) -> QuantConfig:
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}; known are {', '.join(RECIPES)}")
     return RECIPES[name]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorPlan:
+    """How one linear is stored: what `QuantConfig` leaves open."""
+
+    group: int
+    """Columns that share a scale."""
+    coefficients: tuple[float, float] | None
+    """(a, δ) of the companded codebook; None for the linear one."""
+    tile: TileShape
+    """Tile of the sidecar."""
+    ranks: tuple[tuple[int, ...], ...]
+    """Rank of each tile, by row tile, then column tile."""
+
+    @property
+    def has_sidecar(self) -> bool:
+        """Whether any tile has a rank."""
+        return any(rank for row in self.ranks for rank in row)
 
 
 @jax.tree_util.register_dataclass
@@ -112,3 +225,33 @@ class InputMoment:
     def diagonal(self) -> jax.Array:
         """h = E[x²], f32 [K]."""
         return jnp.diagonal(self.mean) if self.is_full else self.mean
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OutputSensitivity:
+    """How much the model's output feels a linear's output y, from g = ∂(Σ -log p)/∂y at labels that the model
+    samples.
+
+    `blocks`: Σ g gᵀ over tokens, f32 [t, m, m], the diagonal blocks of m = min(512, N) rows of the whole
+    matrix, the last one padded with zeros. `weights`: mean(g²) of each token, f32 [chunks, length].
+    `tokens`: how many.
+
+    Sensitivities of disjoint tokens add: `a + b`.
+    """
+
+    blocks: jax.Array
+    weights: jax.Array
+    tokens: jax.Array
+
+    def __add__(self, other: "OutputSensitivity") -> "OutputSensitivity":
+        return OutputSensitivity(
+            blocks=self.blocks + other.blocks,
+            weights=jnp.concatenate([self.weights, other.weights]),
+            tokens=self.tokens + other.tokens,
+        )
+
+    @property
+    def mean(self) -> jax.Array:
+        """The blocks of G = E[g gᵀ], f32."""
+        return self.blocks / jnp.maximum(self.tokens.astype(jnp.float32), 1.0)

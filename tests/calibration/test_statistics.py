@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from svsk_jax.calibration import store
-from svsk_jax.calibration.statistics import advance, data_mesh, embed_batches
+from svsk_jax.calibration.statistics import data_mesh, embed_batches, layer_moments
 from svsk_jax.model import DecoderLayer
 from svsk_jax.model.parameters import LINEAR_INPUTS, layer_parameters, random_parameters
 
@@ -18,17 +18,23 @@ def layer(tiny_config):
 
 def run(layer, embedding, ids, mesh, full):
     streams, masks = embed_batches(embedding, ids, 32, mesh)
-    moments = advance(layer, streams, masks, mesh, full)
+    moments = None
+    for index, mask in enumerate(masks):
+        streams[index], found = layer_moments(layer, streams[index], mask, mesh, full)
+        moments = found if moments is None else {name: moments[name] + found[name] for name in found}
     return np.concatenate([np.asarray(stream) for stream in streams])[: len(ids)], moments
 
 
 def plain_inputs(layer, x):
     """Every tapped activation, from an untouched run of the layer on all chunks at once."""
     seen = {}
-    y, _ = layer(
-        x, jnp.arange(x.shape[1], dtype=jnp.int32), tap=lambda name, value: seen.update({name: value})
-    )
-    return y, seen
+
+    def tap(name, value):
+        seen[name] = value
+        return value
+
+    y, _ = layer(x, jnp.arange(x.shape[1], dtype=jnp.int32), tap=tap)
+    return y, {name: value for name, value in seen.items() if name in LINEAR_INPUTS.values()}
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -69,9 +75,13 @@ def test_one_device_and_eight_agree(layer, tiny_config):
 def test_stored_statistics_come_back(layer, tiny_config, tmp_path):
     embedding = np.random.default_rng(2).standard_normal((97, tiny_config.hidden_size)).astype(np.float32)
     _, moments = run(layer, embedding, np.zeros((8, 16), np.int32), data_mesh(), False)
-    store.write_layer(tmp_path, 0, moments)
-    store.finish(tmp_path, {"fingerprint": "abc", "model": "m"})
+    store.write_moments(tmp_path, 0, moments)
+    store.finish(
+        tmp_path, {"fingerprint": "abc", "model": "m", "text": {"moments": "diagonal", "fisher_chunks": 0}}
+    )
     statistics = store.Statistics.open(tmp_path)
+    assert not statistics.has_full_moments
+    assert statistics.sensitivities(0) == ({}, {})
     for name, moment in statistics.layer(0).items():
         np.testing.assert_array_equal(moment.total, moments[name].total)
         assert moment.tokens == moments[name].tokens

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import MemorySource
+from support import TINY, MemorySource
 
 from convert.load import load_decoder
 from svsk_jax import pipeline
@@ -22,7 +23,8 @@ from svsk_jax.quant.budget import predict
 from svsk_jax.quant.types import QuantConfig, TileShape, recipe
 from svsk_jax.storage import SavedModel
 
-CALIBRATION = CalibrationConfig(chunks=64, chunk_length=32)
+CALIBRATION = CalibrationConfig(calib=("builtin",), chunks=64, chunk_length=32, moments="diagonal")
+FULL = dataclasses.replace(CALIBRATION, moments="full", fisher_chunks=32)
 SMALL = QuantConfig(rank=4, tile=TileShape(rows=32, columns=32))
 
 
@@ -48,13 +50,20 @@ def test_bytes_are_the_budget_and_errors_are_recorded(source, tmp_path):
     assert metadata["bytes"]["whole_file"] == result.budget.total_bytes
     assert metadata["bits"]["decoder_linears"] == result.budget.linear_bits
     assert metadata["calibration"] == {
-        "calib": "builtin",
+        "calib": {"documentation": 32, "code": 32},
         "chunks": 64,
         "chunk_length": 32,
         "moments": "diagonal",
+        "fisher_chunks": 0,
+        "seed": 0,
     }
     assert metadata["quant_config"] == dataclasses.asdict(SMALL)
-    assert [event.layer for event in events] == [1, 2]
+    assert [(event.stage, event.layer) for event in events] == [
+        ("calibrate", 1),
+        ("calibrate", 2),
+        ("quantize", 1),
+        ("quantize", 2),
+    ]
     assert len(result.errors) == 2 * len(QUANTIZED_LINEARS)
     assert all(0 < error < 0.02 for error in result.errors.values())
     assert json.dumps(result.to_dict())
@@ -149,6 +158,71 @@ def test_existing_output_is_refused_before_any_work(source, tmp_path):
 
 
 def test_too_small_a_disk_is_refused_with_the_number(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
     with pytest.raises(OSError, match=r"needs 0 MB, the disk has 0 MB free"):
         pipeline.quantize(source, tmp_path / "out", SMALL, recipe="small", calibration=CALIBRATION)
+
+
+STRONG = dataclasses.replace(recipe("svsk-r16"), bits=5.5, tile=TileShape(rows=32, columns=0))
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A model and its statistics with the Fisher pass."""
+    source = MemorySource(TINY)
+    folder = tmp_path_factory.mktemp("stats") / "stats"
+    pipeline.calibrate(source, folder, FULL)
+    return source, Statistics.open(folder)
+
+
+def test_the_budget_is_kept_and_mostly_spent(measured, tmp_path):
+    source, statistics = measured
+    result = pipeline.quantize(source, tmp_path / "out", STRONG, recipe="strong", statistics=statistics)
+    assert 5.45 < result.budget.linear_bits <= 5.5
+    assert result.predicted_nats > 0
+    stored = SavedModel(tmp_path / "out")
+    tensors = [t for index in range(2) for t in stored.layer_metadata(index)["tensors"].values()]
+    linears = [tensor for tensor in tensors if tensor["kind"] == "svsk"]
+    assert {tensor["codebook"] for tensor in linears} == {"companded"}
+    assert len({str(tensor["sidecar"]) for tensor in linears}) > 2
+
+
+def test_a_plan_gives_the_same_model_again(measured, tmp_path):
+    source, statistics = measured
+    plan = pipeline.plan_model(source, statistics, STRONG, recipe="strong", dtype=jnp.float32)
+    plan.save(tmp_path / "recipe.json")
+    loaded = pipeline.Plan.load(tmp_path / "recipe.json")
+    assert loaded == plan
+    for name, config in (("a", STRONG), ("b", loaded)):
+        pipeline.quantize(source, tmp_path / name, config, recipe="strong", statistics=statistics)
+    jax.tree.map(np.testing.assert_array_equal, contents(tmp_path / "a"), contents(tmp_path / "b"))
+
+
+@pytest.mark.parametrize("content", ["{", '{"format": 9}', '{"format": 1, "recipe": "x"}'])
+def test_a_damaged_recipe_file_is_named(tmp_path, content):
+    (tmp_path / "recipe.json").write_text(content)
+    with pytest.raises(ValueError, match=r"--recipe .*recipe\.json.*svsk autotune"):
+        pipeline.Plan.load(tmp_path / "recipe.json")
+
+
+def test_diagonals_are_refused_for_a_recipe_that_needs_more(source, tmp_path):
+    pipeline.calibrate(source, tmp_path / "stats", CALIBRATION)
+    with pytest.raises(ValueError, match=r"diagonals only.*--moments full"):
+        pipeline.quantize(
+            source, tmp_path / "out", STRONG, recipe="s", statistics=Statistics.open(tmp_path / "stats")
+        )
+
+
+def test_without_sensitivities_the_plain_metric_serves(source, tmp_path):
+    plain = dataclasses.replace(FULL, fisher="off")
+    result = pipeline.quantize(source, tmp_path / "out", STRONG, recipe="s", calibration=plain)
+    assert result.predicted_nats is None
+    assert result.budget.linear_bits <= 5.5
+    assert SavedModel(tmp_path / "out").metadata["quant_config"]["metric"] == "full"
+
+
+def test_too_few_bits_say_what_is_needed(measured, tmp_path):
+    source, statistics = measured
+    config = dataclasses.replace(STRONG, bits=4.0)
+    with pytest.raises(ValueError, match=r"4\.0 bits/weight.*ask for more"):
+        pipeline.quantize(source, tmp_path / "out", config, recipe="s", statistics=statistics)

@@ -1,0 +1,48 @@
+"""Evaluation text of three families, none of it in the calibration parts of the same sources."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from svsk_jax.calibration.text import read_texts, tokenize
+from svsk_jax.evaluation.windows import Windows
+
+FAMILIES = ("encyclopedia", "documentation", "code")
+WINDOW = 1024
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that every benchmark on these families takes."""
+    parser.add_argument(
+        "--wikitext",
+        type=Path,
+        default=None,
+        help="folder with calibration.raw and evaluation.raw, instead of WikiText-2 from the hub",
+    )
+    parser.add_argument("--windows", type=int, default=24, help=f"windows of {WINDOW} tokens per family")
+
+
+def source_of(family: str, part: str, wikitext: Path | None) -> str:
+    """What `read_texts` calls a family's text."""
+    if family != "encyclopedia":
+        return family
+    return "wikitext" if wikitext is None else str(wikitext / f"{part}.raw")
+
+
+def evaluation_windows(
+    tokenizer: PreTrainedTokenizerBase, wikitext: Path | None, windows: int
+) -> dict[str, Windows]:
+    """For each family, `windows` windows of 1024 tokens spread evenly over its evaluation text."""
+    cut = {}
+    for family in FAMILIES:
+        ids = tokenize(tokenizer, read_texts(source_of(family, "evaluation", wikitext), "evaluation"))
+        if len(ids) < windows * WINDOW:
+            raise ValueError(
+                f"{family}: {len(ids)} tokens do not hold {windows} windows of {WINDOW}; give fewer --windows"
+            )
+        starts = np.linspace(0, len(ids) - WINDOW, windows).astype(np.int64)
+        tokens = np.stack([ids[start : start + WINDOW] for start in starts])
+        cut[family] = Windows(convention="gptq", tokens=tokens, first=0, available=len(ids))
+    return cut

@@ -1,0 +1,108 @@
+"""Measure a model on calibration text."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.typing import DTypeLike
+
+from svsk_jax.calibration import store
+from svsk_jax.calibration.block_inputs import BlockInputs
+from svsk_jax.calibration.chunks import calibration_chunks
+from svsk_jax.calibration.config import CalibrationConfig
+from svsk_jax.calibration.passes import Walk
+from svsk_jax.model.parameters import LINEAR_INPUTS, layer_shapes
+from svsk_jax.model.source import ModelSource
+from svsk_jax.pipeline.checks import default_dtype, refuse_packed, require_space
+from svsk_jax.pipeline.progress import OnProgress, Progress, Stopwatch
+from svsk_jax.quant.types import SENSITIVITY_TILE
+from svsk_jax.storage.atomic import output_folder
+
+
+def calibrate(
+    source: ModelSource,
+    output: Path,
+    calibration: CalibrationConfig,
+    *,
+    overwrite: bool = False,
+    dtype: DTypeLike | None = None,
+    on_progress: OnProgress | None = None,
+) -> dict[str, Any]:
+    """Measure the second moments of every linear's input and the model's sensitivity to its output, and store
+    them under `output` for `quantize`.
+
+    Returns:
+        The manifest: model, text, chunks and wall time by stage.
+
+    Raises:
+        ValueError: text too short, model already quantized.
+        FileExistsError: `output` exists.
+        OSError: too little disk space.
+    """
+    watch = Stopwatch()
+    dtype = default_dtype() if dtype is None else dtype
+    with output_folder(output, overwrite=overwrite, marker=store.MANIFEST) as folder:
+        require_space(output, statistics_bytes(source, calibration))
+        outer = source.outer(dtype)
+        refuse_packed(source, outer)
+        watch.lap("load")
+        chunks = calibration_chunks(source, calibration, dtype)
+        watch.lap("text")
+        layers = source.config.num_layers
+
+        def report(stage: str, done: int) -> None:
+            watch.lap(stage)
+            if on_progress:
+                on_progress(Progress(stage=stage, layer=done, layers=layers))
+
+        walk = Walk(source, outer, chunks.ids, calibration.batch_tokens, dtype)
+        del outer
+        with BlockInputs(int(calibration.fisher_memory * 1e9), folder) as kept:
+            sensitive = calibration.measures_sensitivity
+            forwards = walk.forwards(
+                calibration.moments == "full", kept if sensitive else None, calibration.fisher_chunks
+            )
+            for index, moments in forwards:
+                store.write_moments(folder, index, moments)
+                report("calibrate", index + 1)
+            if sensitive:
+                for index, sensitivities, weighted in walk.backwards(kept, calibration.seed):
+                    store.write_sensitivities(folder, index, sensitivities, weighted)
+                    report("sensitivity", layers - index)
+        text = {
+            "calib": {_public_name(name): count for name, count in chunks.counts.items()},
+            "chunks": chunks.ids.shape[0],
+            "chunk_length": chunks.ids.shape[1],
+            "moments": calibration.moments,
+            "fisher_chunks": walk.kept_chunks,
+            "seed": calibration.seed,
+        }
+        manifest = {
+            "model": source.description,
+            "fingerprint": source.fingerprint(),
+            "text": text,
+            "seconds": watch.seconds,
+        }
+        store.finish(folder, manifest)
+    return manifest
+
+
+def _public_name(name: str) -> str:
+    """A source's name, or the last part of a path."""
+    return Path(name).name
+
+
+def statistics_bytes(source: ModelSource, calibration: CalibrationConfig) -> int:
+    """Bytes that the statistics of a model take on disk."""
+    shapes: Mapping[str, tuple[int, ...]] = layer_shapes(source.config)
+    widths = {LINEAR_INPUTS[name]: shapes[f"{name}.weight"][1] for name in LINEAR_INPUTS}
+    if calibration.moments == "diagonal":
+        return 4 * source.config.num_layers * sum(widths.values())
+    moments = sum(width * width for width in widths.values())
+    blocks = 0
+    if calibration.measures_sensitivity:
+        heights = [shapes[f"{name}.weight"][0] for name in LINEAR_INPUTS]
+        blocks = sum(int(np.ceil(n / SENSITIVITY_TILE)) * min(n, SENSITIVITY_TILE) ** 2 for n in heights)
+        moments *= 2
+    return 4 * source.config.num_layers * (moments + blocks)

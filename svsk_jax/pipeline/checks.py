@@ -1,0 +1,40 @@
+"""What every run asks of its input and its place of output before it starts."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from svsk_jax.model.source import ModelSource
+
+
+def default_dtype() -> DTypeLike:
+    """Dtype of activations and dense weights: f32 on CPU, whose matrix products have no faster form, bf16
+    elsewhere."""
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
+def refuse_packed(source: ModelSource, outer: dict[str, Any]) -> None:
+    """ValueError unless the model is unquantized."""
+    if (
+        not isinstance(outer["embedding.weight"], (np.ndarray, jax.Array))
+        or getattr(source, "metadata", {}).get("recipe", "dense") != "dense"
+    ):
+        raise ValueError(f"--model {source.description}: already quantized; give the unquantized checkpoint")
+
+
+def require_space(output: Path, needed: int) -> None:
+    """OSError unless the disk that `output` will lie on has `needed` bytes free."""
+    parent = output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise OSError(
+            f"output {output}: needs {needed / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} MB free; "
+            "free some space or give another --output"
+        )

@@ -1,0 +1,230 @@
+"""Decide how each linear is stored: measure what every option costs the model, then spend the budget."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
+
+from pallas_kernels.svsk_matmul.layout import tile_spans
+from svsk_jax.calibration.store import Statistics
+from svsk_jax.model.parameters import LINEAR_INPUTS, QUANTIZED_LINEARS, layer_shapes
+from svsk_jax.model.source import ModelSource
+from svsk_jax.pipeline.progress import OnProgress, Progress
+from svsk_jax.quant.allocation import Allocation, Option, allocate
+from svsk_jax.quant.budget import base_bytes
+from svsk_jax.quant.codebook import LINEAR
+from svsk_jax.quant.joint import (
+    InputMetric,
+    OutputMetric,
+    input_metric,
+    output_metric,
+    plain_output_metric,
+    quantize_base,
+    tile_blocks,
+)
+from svsk_jax.quant.metric import nats
+from svsk_jax.quant.sidecar_fit import rank_gains
+from svsk_jax.quant.types import MAX_RANK, QuantConfig, TensorPlan, TileShape
+from svsk_jax.storage.atomic import write_json
+
+FORMAT = 1
+LayerMetrics = dict[str, tuple[InputMetric, OutputMetric]]
+
+
+def layer_metrics(
+    statistics: Statistics, index: int, parameters: Mapping[str, Any], config: QuantConfig
+) -> LayerMetrics:
+    """For each linear of a layer, what an error costs at its input and at its output."""
+    moments = statistics.layer(index)
+    sensitivities, weighted = statistics.sensitivities(index) if config.needs_sensitivity else ({}, {})
+    inputs = {name: input_metric(moment, weighted.get(name), config) for name, moment in moments.items()}
+    metrics: LayerMetrics = {}
+    for name in QUANTIZED_LINEARS:
+        W = jnp.asarray(parameters[f"{name}.weight"], jnp.float32)
+        shared = inputs[LINEAR_INPUTS[name]]
+        if name in sensitivities:
+            outputs = output_metric(sensitivities[name], W.shape[0], config)
+        else:
+            outputs = plain_output_metric(W, shared.H)
+        metrics[name] = (shared, outputs)
+    return metrics
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What may be chosen for a linear beside its ranks: every combination is an option."""
+
+    groups: tuple[int, ...]
+    """Columns that share a scale."""
+    coefficients: tuple[tuple[float, float] | None, ...]
+    """(a, δ) of the companded codebook; None for the linear one."""
+    tiles: tuple[TileShape, ...]
+    """Tiles of the sidecar."""
+
+    @classmethod
+    def of(cls, config: QuantConfig) -> "Choices":
+        """What a recipe leaves open."""
+        coefficients = config.coefficients if config.codebook == "companded" else None
+        return cls(groups=config.groups, coefficients=(coefficients,), tiles=(config.tile,))
+
+
+def measure_options(
+    W: Array, metrics: tuple[InputMetric, OutputMetric], config: QuantConfig, choices: Choices
+) -> list[Option]:
+    """Round the base of one linear each way, and see what each rank of a sidecar would gain. W f32 [N, K]."""
+    inputs, outputs = metrics
+    shape = (W.shape[0], W.shape[1])
+    options = []
+    for group, coefficients in itertools.product(choices.groups, choices.coefficients):
+        pair = jnp.asarray(LINEAR if coefficients is None else coefficients, jnp.float16)
+        base = quantize_base(W, inputs, outputs, pair.astype(jnp.float32), group, config)
+        residual = W - base.dense
+        cost = float(nats(residual, inputs.H, outputs.G))
+        for tile in choices.tiles:
+            # In the unit of `cost`, whatever metric the sidecar will be fitted in.
+            G = tile_blocks(outputs.G, min(tile.rows, shape[0]), shape[0])
+            narrowest = min(b - a for a, b in tile_spans(shape[1], tile.columns))
+            width = min(MAX_RANK, G.shape[1], narrowest)
+            options.append(
+                Option(
+                    group=group,
+                    coefficients=coefficients,
+                    tile=tile,
+                    shape=shape,
+                    base_bytes=base_bytes(
+                        shape, group, config.scales, "linear" if coefficients is None else "companded"
+                    ),
+                    nats=cost,
+                    gains=np.asarray(rank_gains(residual, inputs.H, G, tile.columns, width)),
+                )
+            )
+    return options
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How every decoder linear of a model is stored, by path, within a recipe's configuration."""
+
+    recipe: str
+    config: QuantConfig
+    tensors: Mapping[str, TensorPlan]
+    predicted_nats: float | None = None
+    """Predicted KL divergence per token, to second order."""
+
+    def save(self, path: Path, extra: Mapping[str, Any] | None = None) -> None:
+        """Write a recipe file for `svsk quantize --recipe FILE`."""
+        data = {
+            "format": FORMAT,
+            "recipe": self.recipe,
+            "config": dataclasses.asdict(self.config),
+            "predicted_nats": self.predicted_nats,
+            "tensors": {name: dataclasses.asdict(plan) for name, plan in self.tensors.items()},
+        }
+        write_json(path, {**data, **(extra or {})})
+
+    @classmethod
+    def load(cls, path: Path) -> "Plan":
+        """Read what `save` wrote; ValueError says what is wrong with the file."""
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data["format"] != FORMAT:
+                raise ValueError(f"format {data['format']}, this svsk-jax reads {FORMAT}")
+            config = dict(data["config"])
+            config["tile"] = TileShape(**config["tile"])
+            config["groups"] = tuple(config["groups"])
+            config["coefficients"] = tuple(config["coefficients"])
+            tensors = {name: _tensor_plan(fields) for name, fields in data["tensors"].items()}
+            return cls(
+                recipe=data["recipe"],
+                config=QuantConfig(**config),
+                tensors=tensors,
+                predicted_nats=data["predicted_nats"],
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"--recipe {path}: not a recipe file that svsk wrote ({error}); make one with `svsk autotune`"
+            ) from error
+
+
+def _tensor_plan(fields: Mapping[str, Any]) -> TensorPlan:
+    coefficients = fields["coefficients"]
+    return TensorPlan(
+        group=fields["group"],
+        coefficients=None if coefficients is None else (coefficients[0], coefficients[1]),
+        tile=TileShape(**fields["tile"]),
+        ranks=tuple(tuple(row) for row in fields["ranks"]),
+    )
+
+
+def fixed_plans(source: ModelSource, config: QuantConfig) -> dict[str, TensorPlan]:
+    """The plan of each linear when nothing is allocated: the first group size, `rank` in every tile."""
+    plans = {}
+    for name in QUANTIZED_LINEARS:
+        n, k = layer_shapes(source.config)[f"{name}.weight"]
+        rows, columns = tile_spans(n, config.tile.rows), tile_spans(k, config.tile.columns)
+        plan = TensorPlan(
+            group=config.groups[0],
+            coefficients=config.coefficients if config.codebook == "companded" else None,
+            tile=config.tile,
+            ranks=tuple(tuple(min(config.rank, b - a, d - c) for c, d in columns) for a, b in rows),
+        )
+        plans |= {f"layers.{index}.{name}": plan for index in range(source.config.num_layers)}
+    return plans
+
+
+def plan_model(
+    source: ModelSource,
+    statistics: Statistics,
+    config: QuantConfig,
+    *,
+    recipe: str,
+    dtype: DTypeLike,
+    on_progress: OnProgress | None = None,
+) -> Plan:
+    """Group size and ranks of every linear, by predicted nats per byte over the whole model."""
+    if config.bits is None:
+        return Plan(recipe=recipe, config=config, tensors=fixed_plans(source, config))
+    options: dict[str, list[Option]] = {}
+    layers = source.config.num_layers
+    for index in range(layers):
+        options |= layer_options(source, statistics, index, config, Choices.of(config), dtype)
+        if on_progress:
+            on_progress(Progress(stage="plan", layer=index + 1, layers=layers))
+    chosen = spend(options, config)
+    return Plan(recipe=recipe, config=config, tensors=chosen.plans, predicted_nats=chosen.nats)
+
+
+def layer_options(
+    source: ModelSource,
+    statistics: Statistics,
+    index: int,
+    config: QuantConfig,
+    choices: Choices,
+    dtype: DTypeLike,
+) -> dict[str, list[Option]]:
+    """The options of each linear of a layer, by full path."""
+    parameters = source.layer(index, dtype)
+    metrics = layer_metrics(statistics, index, parameters, config)
+    return {
+        f"layers.{index}.{name}": measure_options(
+            jnp.asarray(parameters[f"{name}.weight"], jnp.float32), metrics[name], config, choices
+        )
+        for name in QUANTIZED_LINEARS
+    }
+
+
+def spend(options: Mapping[str, list[Option]], config: QuantConfig) -> Allocation:
+    """`allocate` with the recipe's bits per weight over all linears."""
+    weights = sum(choices[0].shape[0] * choices[0].shape[1] for choices in options.values())
+    assert config.bits is not None
+    try:
+        return allocate(options, int(config.bits * weights / 8))
+    except ValueError as error:
+        raise ValueError(f"{config.bits} bits/weight: {error}; ask for more bits") from error

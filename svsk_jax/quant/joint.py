@@ -1,0 +1,212 @@
+"""Quantize one linear by the strong method: base by error feedback, sidecar fitted to what is left, and
+again."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+from pallas_kernels.svsk_matmul.layout import SUPER_GROUP, expand_groups, pack_codes, pack_int6
+from svsk_jax.quant.codebook import LINEAR, decode, round_to_level
+from svsk_jax.quant.error_feedback import feedback
+from svsk_jax.quant.metric import (
+    inverse_factor,
+    mix_moments,
+    nats,
+    shrink_to_diagonal,
+    shrink_to_identity,
+)
+from svsk_jax.quant.scale_search import imatrix_importance, search_two_level
+from svsk_jax.quant.sidecar_fit import fit_tiles, to_sidecar
+from svsk_jax.quant.types import (
+    SENSITIVITY_TILE,
+    InputMoment,
+    OutputSensitivity,
+    QuantConfig,
+    SVSKWeight,
+    TensorPlan,
+)
+
+WIDTHS = (8, 16, 32, 64, 128)
+"""Ranks that a fit is compiled for; a plan's largest rank is rounded up to one of them."""
+
+
+class InputMetric(NamedTuple):
+    """H of a linear's input, and what error feedback needs of it (`metric.inverse_factor`)."""
+
+    H: Float[Array, "k k"]
+    order: Int[Array, "k"]
+    factor: Float[Array, "k k"]
+
+
+class OutputMetric(NamedTuple):
+    """Blocks of G of a linear's output, and what feedback across rows needs of them."""
+
+    G: Float[Array, "t m m"]
+    order: Int[Array, "t m"]
+    factor: Float[Array, "t m m"]
+
+
+class Base(NamedTuple):
+    """Codes 0..15, int6 group scales, f16 super-scales, and the f32 [N, K] matrix that they restore."""
+
+    codes: UInt8[Array, "n k"]
+    integers: Int[Array, "n g"]
+    super_scales: Float[Array, "n s"]
+    dense: Float[Array, "n k"]
+
+
+def input_metric(moment: InputMoment, weighted: InputMoment | None, config: QuantConfig) -> InputMetric:
+    """H as the recipe mixes and shrinks it. Linears that read the same activation share it.
+
+    Args:
+        moment: full second moment of the activation.
+        weighted: its moment weighted by token sensitivity; None leaves it out.
+        config: the recipe.
+    """
+    H = moment.mean
+    if weighted is not None and config.fisher_share > 0:
+        H = mix_moments(H, weighted.mean, config.fisher_share)
+    return _input_metric(H, config.moment_shrinkage, config.damping)
+
+
+@jax.jit
+def _input_metric(H: jax.Array, shrinkage: float | jax.Array, damping: float | jax.Array) -> InputMetric:
+    H = shrink_to_diagonal(H, shrinkage)
+    return InputMetric(H, *inverse_factor(H, damping))
+
+
+def output_metric(sensitivity: OutputSensitivity, rows: int, config: QuantConfig) -> OutputMetric:
+    """G as the recipe shrinks it, for a linear of `rows` outputs."""
+    return _output_metric(sensitivity.mean, rows, config.sensitivity_shrinkage, config.damping)
+
+
+@partial(jax.jit, static_argnames="rows")
+def _output_metric(
+    G: jax.Array, rows: int, shrinkage: float | jax.Array, damping: float | jax.Array
+) -> OutputMetric:
+    tiles, height = G.shape[:2]
+    sizes = jnp.asarray(np.clip(rows - height * np.arange(tiles), 1, height), jnp.float32)
+    G = jax.vmap(lambda block, size: shrink_to_identity(block, shrinkage, size))(G, sizes)
+    # lax.map here and below, not vmap: on CPU, XLA's batched solvers can wait for one another for ever.
+    return OutputMetric(G, *jax.lax.map(lambda block: inverse_factor(block, damping), G))
+
+
+@jax.jit
+def plain_output_metric(W: Float[Array, "n k"], H: Float[Array, "k k"]) -> OutputMetric:
+    """G = 2 I / tr(W H Wᵀ), for want of sensitivities: nats become the layer error."""
+    n = W.shape[0]
+    height = min(SENSITIVITY_TILE, n)
+    tiles = -(-n // height)
+    energy = nats(W, H, jnp.broadcast_to(jnp.eye(height), (tiles, height, height)))
+    eye = jnp.broadcast_to(jnp.eye(height), (tiles, height, height))
+    G = eye / jnp.where(energy > 0, energy, 1.0)
+    return OutputMetric(G, jnp.broadcast_to(jnp.arange(height), (tiles, height)), eye)
+
+
+def quantize_base(
+    W: Float[Array, "n k"],
+    inputs: InputMetric,
+    outputs: OutputMetric,
+    coefficients: Float[Array, "2"],
+    group: int,
+    config: QuantConfig,
+) -> Base:
+    """Two-level scales, then codes, by error feedback where the recipe has it. f32 throughout."""
+    return _quantize_base(W, inputs, outputs, coefficients, group, config.importance, config.feedback)
+
+
+@partial(jax.jit, static_argnames=("group", "importance_kind", "feedback_kind"))
+def _quantize_base(
+    W: jax.Array,
+    inputs: InputMetric,
+    outputs: OutputMetric,
+    coefficients: jax.Array,
+    group: int,
+    importance_kind: str,
+    feedback_kind: str,
+) -> Base:
+    h = jnp.diagonal(inputs.H)
+    importance = (
+        imatrix_importance(W, h, group) if importance_kind == "imatrix" else jnp.broadcast_to(h, W.shape)
+    )
+    integers, super_scales = search_two_level(W, importance, coefficients, group)
+    steps = expand_groups(super_scales.astype(jnp.float32), SUPER_GROUP // group, integers.shape[1])
+    scales = expand_groups(integers.astype(jnp.float32) * steps, group, W.shape[1])
+    if feedback_kind == "none":
+        codes = round_to_level(W, scales, coefficients).astype(jnp.uint8)
+    else:
+        columns = (inputs.order, inputs.factor)
+        rows = (outputs.order, outputs.factor) if feedback_kind == "both" else None
+        codes = feedback(W, scales, coefficients, columns, rows)
+    return Base(codes, integers, super_scales, scales * decode(codes, coefficients))
+
+
+def fit_metric(outputs: OutputMetric, config: QuantConfig) -> Float[Array, "t m m"]:
+    """The blocks of G in which the sidecar is fitted: identities unless the recipe's metric is fisher."""
+    if config.metric == "fisher":
+        return outputs.G
+    return jnp.broadcast_to(jnp.eye(outputs.G.shape[1]), outputs.G.shape)
+
+
+def tile_blocks(G: Float[Array, "t m m"], rows: int, n: int) -> Float[Array, "tiles rows rows"]:
+    """The diagonal blocks of `rows` rows within those of G, for a matrix of n rows."""
+    height = G.shape[1]
+    if rows >= height:
+        return G
+    if height % rows:
+        raise ValueError(f"sidecar tile: {rows} rows do not divide the sensitivity's blocks of {height}")
+    parts = [G[:, a : a + rows, a : a + rows] for a in range(0, height, rows)]
+    return jnp.stack(parts, axis=1).reshape(-1, rows, rows)[: -(-n // rows)]
+
+
+class Quantized(NamedTuple):
+    """The stored form of a linear, and the nats that its base alone and all of it are predicted to cost."""
+
+    weight: SVSKWeight
+    base_nats: float
+    nats: float
+
+
+def quantize_joint(
+    W: Float[Array, "n k"], inputs: InputMetric, outputs: OutputMetric, plan: TensorPlan, config: QuantConfig
+) -> Quantized:
+    """Q ← base(W); then S ← fit(W - Q), and for each joint round Q ← base(W - S), S ← fit(W - Q); the best
+    (Q, S) in tr(G E H Eᵀ), as stored, is kept.
+
+    A pure function: the same input gives the same bytes.
+    """
+    pair = LINEAR if plan.coefficients is None else plan.coefficients
+    stored = jnp.asarray(pair, jnp.float16)
+    coefficients = stored.astype(jnp.float32)
+    base = quantize_base(W, inputs, outputs, coefficients, plan.group, config)
+    base_nats = nats(W - base.dense, inputs.H, outputs.G)
+    best = (base_nats, base, None)
+    if plan.has_sidecar:
+        ranks = jnp.asarray(np.array(plan.ranks, np.int32))
+        width = next(width for width in WIDTHS if width >= max(map(max, plan.ranks)))
+        G = tile_blocks(fit_metric(outputs, config), min(plan.tile.rows, W.shape[0]), W.shape[0])
+        best = (jnp.inf, base, None)
+        for turn in range(1 + config.joint_rounds):
+            if turn:
+                base = quantize_base(W - S, inputs, outputs, coefficients, plan.group, config)
+            factors, S = fit_tiles(W - base.dense, inputs.H, G, ranks, plan.tile.columns, width)
+            cost = nats(W - base.dense - S, inputs.H, outputs.G)
+            if cost < best[0]:
+                best = (cost, base, factors)
+    cost, base, factors = best
+    tile = (plan.tile.rows, plan.tile.columns)
+    shape = (W.shape[0], W.shape[1])
+    weight = SVSKWeight(
+        codes=pack_codes(base.codes),
+        scales=pack_int6(base.integers),
+        super_scales=base.super_scales,
+        coefficients=None if plan.coefficients is None else stored,
+        sidecar=None if factors is None else to_sidecar(factors, shape, tile, plan.ranks),
+        shape=shape,
+        group=plan.group,
+    )
+    return Quantized(weight, float(base_nats), float(cost))

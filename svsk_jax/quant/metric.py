@@ -1,0 +1,80 @@
+"""What an error costs: the second moment of a linear's input, and the sensitivity of the model to its
+output."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+HIGHEST = jax.lax.Precision.HIGHEST
+MAX_DAMPING_STEPS = 8
+
+
+def mix_moments(
+    plain: Float[Array, "k k"], weighted: Float[Array, "k k"], share: float | jax.Array
+) -> Float[Array, "k k"]:
+    """(1 - share) E[x xᵀ] + share E[w x xᵀ], the second scaled to the trace of the first."""
+    trace, other = jnp.trace(plain), jnp.trace(weighted)
+    return (1 - share) * plain + share * weighted * (trace / jnp.where(other > 0, other, 1.0))
+
+
+def shrink_to_diagonal(H: Float[Array, "*b k k"], amount: float | jax.Array) -> Float[Array, "*b k k"]:
+    """(1 - amount) H + amount diag(H)."""
+    eye = jnp.eye(H.shape[-1], dtype=H.dtype)
+    return H * (1 - amount * (1 - eye))
+
+
+def shrink_to_identity(
+    G: Float[Array, "*b n n"], amount: float | jax.Array, size: jax.Array | None = None
+) -> jax.Array:
+    """(1 - amount) G + amount m I, m the mean of its first `size` diagonal entries (default all)."""
+    diagonal = jnp.diagonal(G, axis1=-2, axis2=-1)
+    mean = jnp.sum(diagonal, axis=-1) / (G.shape[-1] if size is None else size)
+    return (1 - amount) * G + amount * mean[..., None, None] * jnp.eye(G.shape[-1], dtype=G.dtype)
+
+
+def damped_cholesky(H: Float[Array, "k k"], damping: float | jax.Array) -> Float[Array, "k k"]:
+    """Lower L with L Lᵀ = H + d m I, m = mean(diag H); f32.
+
+    d is `damping`, ten times as much after each failed factorisation. A dead channel (zero row and column) is
+    left with d m on the diagonal. If H is zero or not finite throughout, L = I.
+    """
+    mean = jnp.mean(jnp.diagonal(H))
+    usable = (mean > 0) & jnp.isfinite(mean)
+    eye = jnp.eye(H.shape[-1], dtype=H.dtype)
+
+    def factor(step: jax.Array) -> jax.Array:
+        return jnp.linalg.cholesky(jnp.where(usable, H + damping * 10.0**step * mean * eye, eye))
+
+    def failed(state):
+        step, L = state
+        return (step < MAX_DAMPING_STEPS) & ~jnp.all(jnp.isfinite(L))
+
+    _, L = jax.lax.while_loop(
+        failed, lambda state: (state[0] + 1, factor(state[0] + 1)), (jnp.float32(0), factor(jnp.float32(0)))
+    )
+    return jnp.where(jnp.all(jnp.isfinite(L)), L, eye)
+
+
+def inverse_factor(
+    H: Float[Array, "k k"], damping: float | jax.Array
+) -> tuple[Int[Array, "k"], Float[Array, "k k"]]:
+    """(order, U): coordinates by falling Hₖₖ, and the upper U with H⁻¹ = Uᵀ U in that order, H damped.
+
+    With J the reversal and J H J = L Lᵀ: H = (J L J)(J L J)ᵀ, whose factor is upper, so U = (J L J)⁻¹.
+    """
+    order = jnp.argsort(-jnp.diagonal(H), stable=True)
+    ordered = H[order][:, order]
+    L = damped_cholesky(ordered[::-1, ::-1], damping)
+    inverse = jax.scipy.linalg.solve_triangular(L, jnp.eye(L.shape[0], dtype=L.dtype), lower=True)
+    return order, inverse[::-1, ::-1]
+
+
+def nats(E: Float[Array, "n k"], H: Float[Array, "k k"], G: Float[Array, "t m m"]) -> Float[Array, ""]:
+    """½ tr(G E H Eᵀ): the KL divergence per token, in nats, that the error E = W - Ŵ of a linear costs to
+    second order, with input moment H and output sensitivity E[g gᵀ] in diagonal blocks G (Kronecker
+    approximation); f32."""
+    tiles, height = G.shape[0], G.shape[1]
+    padded = jnp.pad(E, ((0, tiles * height - E.shape[0]), (0, 0))).reshape(tiles, height, -1)
+    right = jnp.matmul(padded, H, precision=HIGHEST)
+    gram = jnp.einsum("tmk,tnk->tmn", right, padded, precision=HIGHEST)
+    return 0.5 * jnp.sum(G * gram)
