@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from pallas_kernels.svsk_matmul.layout import levels
 
@@ -24,13 +24,13 @@ def nearest_codes(z: Float[Array, "*b"], coefficients: Float[Array, "2"]) -> Int
     return codes
 
 
-def decode(codes: Int[Array, "*b"], coefficients: Float[Array, "2"]) -> Float[Array, "*b"]:
+def decode(codes: Integer[Array, "*b"], coefficients: Float[Array, "2"]) -> Float[Array, "*b"]:
     """f32 level of each code."""
     t = codes.astype(jnp.float32) - 7.5
     return t + coefficients[0] * t * t * t - coefficients[1]
 
 
-def round_to_level(w: Float[Array, "*b"], scale: Float[Array, "*b"], coefficients: jax.Array) -> jax.Array:
+def round_to_level(w: Float[Array, "*b"], scale: Float[Array, "*#b"], coefficients: jax.Array) -> jax.Array:
     """The code whose scale · level is nearest to w, int32; `scale` may be negative. Any code will do where it
     is zero."""
     return nearest_codes(w / jnp.where(scale == 0, 1.0, scale), coefficients)

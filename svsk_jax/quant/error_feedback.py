@@ -5,7 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from svsk_jax.quant.codebook import decode, round_to_level
 
@@ -22,7 +22,7 @@ def _pad_square(U: jax.Array, size: int) -> jax.Array:
 
 def _round_columns(
     W: Float[Array, "k r"], scales: Float[Array, "k r"], U: Float[Array, "k k"], coefficients: jax.Array
-) -> Int[Array, "k r"]:
+) -> UInt8[Array, "k r"]:
     """Codes of Wᵀ, rounded from the first row of W (a column of the matrix) to the last; K a multiple of the
     block."""
     k, rows = W.shape
@@ -65,7 +65,7 @@ def feedback(
     columns: tuple[Int[Array, "k"], Float[Array, "k k"]],
     rows: tuple[Int[Array, "t m"], Float[Array, "t m m"]] | None = None,
     row_block: int = 32,
-) -> Int[Array, "n k"]:
+) -> UInt8[Array, "n k"]:
     """Codes that keep tr(G E H Eᵀ) small, E = W - scale · level(code), with scales fixed.
 
     Columns are rounded in the given order. After each, the error e is spread over the columns still to come

@@ -157,8 +157,10 @@ def tile_blocks(G: Float[Array, "t m m"], rows: int, n: int) -> Float[Array, "ti
     height = G.shape[1]
     if rows >= height:
         return G
-    if height % rows:
+    if height % rows and len(G) > 1:
         raise ValueError(f"sidecar tile: {rows} rows do not divide the sensitivity's blocks of {height}")
+    padding = -height % rows
+    G = jnp.pad(G, ((0, 0), (0, padding), (0, padding)))
     parts = [G[:, a : a + rows, a : a + rows] for a in range(0, height, rows)]
     return jnp.stack(parts, axis=1).reshape(-1, rows, rows)[: -(-n // rows)]
 

@@ -79,7 +79,7 @@ def test_texts_are_joined_by_a_blank_line():
 
 def cut(sources, chunks, length, context=8192):
     """Cut chunks of sources given as {name: (weight, tokens)}."""
-    weights = {name: weight for name, (weight, _) in sources.items()}
+    weights = {name: float(weight) for name, (weight, _) in sources.items()}
     return cut_chunks(
         weights, lambda name, wanted: sources[name][1], chunks=chunks, length=length, context=context
     )

@@ -21,7 +21,7 @@ def checkpoint(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), 0)
 
 
-CALIB = ["--calib", "builtin", "--chunks", "64", "--chunk-length", "32", "--moments", "diagonal"]
+CALIB = ["--calib", "documentation", "--chunks", "64", "--chunk-length", "32", "--moments", "diagonal"]
 
 
 def svsk(*arguments):
