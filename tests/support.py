@@ -32,15 +32,15 @@ TINY = ModelConfig(
 """A small Llama whose sizes divide nothing in particular."""
 
 
-def write_checkpoint(folder: Path, seed: int) -> Path:
-    """Fill a Hugging Face folder with a random `TINY` model; returns it."""
-    names = source_names(TINY, "hf")
-    parameters = random_parameters(TINY, seed)
+def write_checkpoint(folder: Path, seed: int, config: ModelConfig = TINY) -> Path:
+    """Fill a Hugging Face folder with a random model; returns it."""
+    names = source_names(config, "hf")
+    parameters = random_parameters(config, seed)
     save_file(
         {names[path].hf: np.asarray(value) for path, value in parameters.items()},
         folder / "model.safetensors",
     )
-    (folder / "config.json").write_text(json.dumps(TINY.to_hf()))
+    (folder / "config.json").write_text(json.dumps(config.to_hf()))
     byte_tokenizer().save_pretrained(str(folder))
     return folder
 

@@ -1,12 +1,13 @@
 """What the README shows works: its Python runs, its commands parse."""
 
+import dataclasses
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 import tyro
-from support import write_checkpoint
+from support import TINY, write_checkpoint
 
 from svsk_jax.cli import CONFIG, VERBS
 
@@ -20,7 +21,11 @@ def blocks(language):
 @pytest.mark.filterwarnings("ignore:calibrating on only:UserWarning")
 def test_python_blocks_run(tmp_path, monkeypatch, capsys):
     (tmp_path / "my-model").mkdir()
-    write_checkpoint(tmp_path / "my-model", 0)
+    # One shape of matrix, large enough for the default recipe's budget.
+    config = dataclasses.replace(
+        TINY, hidden_size=256, intermediate_size=256, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=64
+    )
+    write_checkpoint(tmp_path / "my-model", 0, config)
     monkeypatch.chdir(tmp_path)
     sources = blocks("python")
     assert sources

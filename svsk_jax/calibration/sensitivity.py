@@ -24,8 +24,15 @@ Sensitivities = dict[str, OutputSensitivity]
 def _blocks(g: Float[Array, "b t n"]) -> Float[Array, "tiles m m"]:
     rows = g.reshape(-1, g.shape[-1]).astype(jnp.float32)
     height = min(SENSITIVITY_TILE, rows.shape[1])
-    rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % height))).reshape(len(rows), -1, height)
-    return jnp.einsum("tia,tib->iab", rows, rows, precision=jax.lax.Precision.HIGHEST)
+    whole = rows.shape[1] // height * height
+    tiles = rows[:, :whole].reshape(len(rows), -1, height)
+    blocks = jnp.einsum("tia,tib->iab", tiles, tiles, precision=jax.lax.Precision.HIGHEST)
+    if whole == rows.shape[1]:
+        return blocks
+    # The ragged last tile by itself: padded, it would cost as much as a whole one.
+    rest = jnp.matmul(rows[:, whole:].T, rows[:, whole:], precision=jax.lax.Precision.HIGHEST)
+    padding = height - rest.shape[0]
+    return jnp.concatenate([blocks, jnp.pad(rest, ((0, padding), (0, padding)))[None]])
 
 
 @partial(jax.jit, static_argnames="mesh")

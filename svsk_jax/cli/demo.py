@@ -40,7 +40,7 @@ class Demo(Verb):
     """Most tokens of the answer."""
     tokens: int = 8192
     """Tokens of evaluation text."""
-    calibration: CalibrationConfig = CalibrationConfig()
+    calibration: CalibrationConfig = CalibrationConfig(chunks=64, fisher_chunks=16)
     """What to calibrate on."""
 
     def run(self) -> dict[str, Any]:

@@ -1,0 +1,252 @@
+"""The walk backwards, a layer at a time, gives what one differentiation of the whole model gives."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import TINY, MemorySource
+
+from svsk_jax.calibration import passes
+from svsk_jax.calibration.block_inputs import BlockInputs
+from svsk_jax.calibration.passes import Walk
+from svsk_jax.calibration.sensitivity import token_weights
+from svsk_jax.calibration.statistics import data_mesh
+from svsk_jax.model import Decoder
+from svsk_jax.model.parameters import LINEAR_INPUTS, QUANTIZED_LINEARS
+from svsk_jax.quant.types import OutputSensitivity
+
+WIDE = dataclasses.replace(TINY, intermediate_size=520)
+"""Outputs of more rows than a block of sensitivities has."""
+LENGTH, CHUNKS, SEED = 12, 11, 3
+
+
+def lone_mesh():
+    auto = jax.sharding.AxisType.Auto
+    return jax.make_mesh((1,), ("data",), axis_types=(auto,), devices=jax.local_devices()[:1])
+
+
+def walk_both_ways(config, ids, memory=1 << 30, folder=None, keep_chunks=CHUNKS):
+    """The walk, and (sensitivities, weighted moments) of each layer by index."""
+    source = MemorySource(config)
+    with BlockInputs(memory, folder) as kept:
+        walk = Walk(source, source.outer(jnp.float32), ids, LENGTH, jnp.float32)
+        assert [index for index, _ in walk.forwards(True, kept, keep_chunks)] == [0, 1]
+        backwards = list(walk.backwards(kept, SEED))
+    assert [index for index, *_ in backwards] == [1, 0]
+    return walk, {index: found for index, *found in backwards}
+
+
+def draw_ids(chunks=CHUNKS):
+    return np.random.default_rng(0).integers(0, 97, (chunks, LENGTH)).astype(np.int32)
+
+
+def labels_of(log_p, batch, batches, devices):
+    """The labels that the head samples for one batch: a key for each batch, device and chunk."""
+    key = jax.random.split(jax.random.key(SEED), batches)[batch]
+    per_device = len(log_p) // devices
+    rows = []
+    for device in range(devices):
+        keys = jax.random.split(jax.random.fold_in(key, device), per_device)
+        for row, row_key in enumerate(keys):
+            rows.append(jax.random.categorical(row_key, log_p[device * per_device + row]))
+    return jnp.stack(rows)
+
+
+def whole_model(config, ids, labels):
+    """Gradients of the loss at every linear's output and the inputs of every linear, in float64, by one
+    differentiation of the whole model."""
+    model = Decoder(config, {k: jnp.asarray(v) for k, v in MemorySource(config).parameters.items()})
+    positions = jnp.arange(ids.shape[1], dtype=jnp.int32)
+
+    def outputs(probes):
+        seen = {}
+        x = model.embedding(ids, jnp.float32)
+        for index, layer in enumerate(model.layers):
+
+            def tap(name, value, index=index):
+                seen[index, name] = value
+                return value + probes[index, name] if (index, name) in probes else value
+
+            x, _ = layer(x, positions, tap=tap)
+        return jax.nn.log_softmax(model.logits(x)), seen
+
+    def loss(probes):
+        log_p, seen = outputs(probes)
+        return -jnp.sum(jnp.take_along_axis(log_p, labels[..., None], axis=-1)), seen
+
+    like = jax.eval_shape(lambda: outputs({})[1])
+    probes = {at: jnp.zeros(like[at].shape) for at in like if at[1] in QUANTIZED_LINEARS}
+    gradients, seen = jax.jit(jax.grad(loss, has_aux=True))(probes)
+    wide = [{at: np.asarray(value, np.float64) for at, value in d.items()} for d in (gradients, seen)]
+    return wide[0], wide[1]
+
+
+def log_probabilities(config, ids):
+    model = Decoder(config, {k: jnp.asarray(v) for k, v in MemorySource(config).parameters.items()})
+    return jax.nn.log_softmax(jax.jit(lambda model, ids: model(ids))(model, ids))
+
+
+def close(found, expected, tolerance=2e-4):
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=tolerance * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("keep", [CHUNKS, 3])
+def test_against_one_differentiation_of_the_whole_model(keep):
+    """Eleven chunks in batches of eight, the second with five of padding; or only the first batch."""
+    ids = draw_ids()
+    walk, layers = walk_both_ways(WIDE, ids, keep_chunks=keep)
+    batches = -(-keep // 8)
+    chunks = min(8 * batches, CHUNKS)
+    assert walk.kept_chunks == chunks
+    padded = np.pad(ids, ((0, 5), (0, 0)))
+    log_p = whole_model(WIDE, padded)
+    labels = np.zeros(padded.shape, np.int32)
+    for batch in range(batches):
+        rows = slice(8 * batch, 8 * batch + 8)
+        labels[rows] = labels_of(log_p[rows], batch, batches, 8)
+    gradients, seen = gradients_of(padded, labels)
+
+    for index, (sensitivities, moments) in layers.items():
+        assert set(sensitivities) == set(QUANTIZED_LINEARS)
+        assert set(moments) == set(LINEAR_INPUTS.values())
+        weights = {name: [] for name in moments}
+        for name, found in sensitivities.items():
+            g = gradients[index, name].reshape(chunks * LENGTH, -1)
+            n, height = g.shape[1], min(512, g.shape[1])
+            assert found.tokens == chunks * LENGTH
+            assert found.blocks.shape == (-(-n // height), height, height)
+            full = np.pad(g.T @ g, ((0, -n % height),) * 2)
+            for tile, block in enumerate(found.blocks):
+                rows = slice(tile * height, (tile + 1) * height)
+                close(block, full[rows, rows])
+            np.testing.assert_allclose(found.mean, found.blocks / (chunks * LENGTH), rtol=1e-6)
+            squares = (g**2).mean(1)
+            assert found.weights.shape == (8 * batches, LENGTH)
+            close(found.weights[:chunks].reshape(-1), squares)
+            np.testing.assert_array_equal(found.weights[chunks:], 0)
+            weights[LINEAR_INPUTS[name]].append(squares / squares.mean())
+        for name, moment in moments.items():
+            w = np.minimum(np.mean(weights[name], axis=0), 10)
+            x = seen[index, name].reshape(chunks * LENGTH, -1)
+            close(moment.total, (x * w[:, None]).T @ x)
+            assert moment.tokens == chunks * LENGTH
+
+
+def stand_in_gradient(tail, x, mask, key, mesh):
+    """Like a gradient at the head, but the same however chunks are spread over devices."""
+    del tail, key, mesh
+    return jnp.sin(3 * x) * mask[:, None, None]
+
+
+def test_devices_padding_and_disk_change_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(passes, "head_gradient", stand_in_gradient)
+    ids = draw_ids()
+    assert data_mesh().size == 8
+    _, layers = walk_both_ways(TINY, ids)
+    # Three chunks to a device and batch: other batches, and no padding.
+    monkeypatch.setattr(passes, "data_mesh", lone_mesh)
+    for memory in (1 << 30, 5000):
+        walk, alone = walk_both_ways(TINY, ids, memory, tmp_path)
+        assert walk.batch_chunks == 1
+        assert list(tmp_path.iterdir()) == []
+        for index, (sensitivities, moments) in layers.items():
+            for name, found in sensitivities.items():
+                lone = alone[index][0][name]
+                assert int(found.tokens) == int(lone.tokens) == CHUNKS * LENGTH
+                close(found.blocks, np.asarray(lone.blocks))
+                close(found.weights[:CHUNKS], np.asarray(lone.weights))
+                np.testing.assert_array_equal(found.weights[CHUNKS:], 0)
+            for name, found in moments.items():
+                close(found.total, np.asarray(alone[index][1][name].total))
+                assert int(found.tokens) == int(alone[index][1][name].tokens)
+
+
+def test_same_seed_same_sensitivities():
+    ids = draw_ids(3)
+    (_, first), (_, second) = (walk_both_ways(TINY, ids) for _ in range(2))
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_sensitivities_of_disjoint_tokens_add():
+    parts = [
+        OutputSensitivity(
+            blocks=jnp.full((1, 2, 2), value), weights=jnp.full((3, 4), value), tokens=jnp.int32(12)
+        )
+        for value in (1.0, 3.0)
+    ]
+    total = parts[0] + parts[1]
+    np.testing.assert_allclose(total.mean, np.full((1, 2, 2), 4 / 24))
+    np.testing.assert_array_equal(total.weights, np.repeat([1.0, 3.0], 3)[:, None] * np.ones(4))
+
+
+def test_token_weights_average_linears_and_are_clipped():
+    def sensitivity(weights, tokens):
+        return OutputSensitivity(
+            blocks=jnp.zeros((1, 1, 1)), weights=jnp.asarray(weights, jnp.float32), tokens=jnp.int32(tokens)
+        )
+
+    rng = np.random.default_rng(0)
+    gate, up, down = rng.gamma(0.5, size=(2, 4, 25)), rng.gamma(0.5, size=(2, 4, 25)), np.zeros((4, 25))
+    down[1, 2] = 5
+    found = token_weights(
+        {
+            "mlp.gate": sensitivity(1e-6 * gate[0], 100),
+            "mlp.up": sensitivity(1e3 * up[0], 100),
+            "mlp.down": sensitivity(down, 100),
+            "attention.o": sensitivity(np.zeros((4, 25)), 100),
+        }
+    )
+    assert set(found) == {"mlp.input", "mlp.hidden", "attention.output"}
+    expected = (gate[0] / gate[0].mean() + up[0] / up[0].mean()) / 2
+    np.testing.assert_allclose(found["mlp.input"], np.minimum(expected, 10), rtol=1e-5)
+    assert found["mlp.hidden"].max() == 10
+    assert jnp.sum(found["mlp.hidden"]) == 10
+    np.testing.assert_array_equal(found["attention.output"], 0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("memory", [0, 500, 1 << 20])
+def test_block_inputs_come_back_and_leave_no_files(tmp_path, dtype, memory):
+    values = {
+        (layer, batch): jax.random.normal(jax.random.key(2 * layer + batch), (2, 3, 8)).astype(dtype)
+        for layer in range(3)
+        for batch in range(2)
+    }
+    size = values[0, 0].nbytes
+    with BlockInputs(memory, tmp_path) as kept:
+        for place, value in values.items():
+            kept.put(*place, value)
+        spilled = len(list(tmp_path.rglob("*.bin")))
+        assert spilled == max(0, 6 - memory // size)
+        for taken, place in enumerate(reversed(values)):
+            value = kept.pop(*place)
+            assert value.dtype == dtype
+            np.testing.assert_array_equal(value, values[place])
+            assert len(list(tmp_path.rglob("*.bin"))) <= max(0, spilled - taken - 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_block_inputs_leave_no_files_after_a_failure(tmp_path):
+    def fail():
+        with BlockInputs(0, tmp_path) as kept:
+            kept.put(0, 0, jnp.ones((1, 2, 3)))
+            assert list(tmp_path.rglob("*.bin"))
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kept_input_outlives_the_donated_stream():
+    """Layers donate their input; what was put aside must not change with it."""
+    source = MemorySource(TINY)
+    ids = draw_ids(3)
+    with BlockInputs(1 << 30) as kept:
+        walk = Walk(source, source.outer(jnp.float32), ids, LENGTH, jnp.float32)
+        list(walk.forwards(False, kept, 3))
+        first = kept.pop(0, 0)
+    np.testing.assert_array_equal(first[:3], source.parameters["embedding.weight"][ids])
