@@ -54,15 +54,15 @@ def labels_of(log_p, batch, batches, devices):
     return jnp.stack(rows)
 
 
-def whole_model(config, ids, labels):
-    """Gradients of the loss at every linear's output and the inputs of every linear, in float64, by one
-    differentiation of the whole model."""
+def whole_model(config, ids):
+    """A model's log-probabilities, and for given labels the loss's gradients at every linear's output and the
+    inputs of every linear, by one differentiation."""
     model = Decoder(config, {k: jnp.asarray(v) for k, v in MemorySource(config).parameters.items()})
     positions = jnp.arange(ids.shape[1], dtype=jnp.int32)
 
     def outputs(probes):
         seen = {}
-        x = model.embedding(ids, jnp.float32)
+        x = model.embedding(jnp.asarray(ids), jnp.float32)
         for index, layer in enumerate(model.layers):
 
             def tap(name, value, index=index):
@@ -72,20 +72,19 @@ def whole_model(config, ids, labels):
             x, _ = layer(x, positions, tap=tap)
         return jax.nn.log_softmax(model.logits(x)), seen
 
-    def loss(probes):
+    def loss(probes, labels):
         log_p, seen = outputs(probes)
         return -jnp.sum(jnp.take_along_axis(log_p, labels[..., None], axis=-1)), seen
 
     like = jax.eval_shape(lambda: outputs({})[1])
     probes = {at: jnp.zeros(like[at].shape) for at in like if at[1] in QUANTIZED_LINEARS}
-    gradients, seen = jax.jit(jax.grad(loss, has_aux=True))(probes)
-    wide = [{at: np.asarray(value, np.float64) for at, value in d.items()} for d in (gradients, seen)]
-    return wide[0], wide[1]
+    log_p, _ = jax.jit(outputs)(probes)
+    return log_p, lambda labels: jax.jit(jax.grad(loss, has_aux=True))(probes, jnp.asarray(labels))
 
 
-def log_probabilities(config, ids):
-    model = Decoder(config, {k: jnp.asarray(v) for k, v in MemorySource(config).parameters.items()})
-    return jax.nn.log_softmax(jax.jit(lambda model, ids: model(ids))(model, ids))
+def in_float64(arrays, at, chunks):
+    """[tokens, size] of the first chunks."""
+    return np.asarray(arrays[at], np.float64)[:chunks].reshape(chunks * LENGTH, -1)
 
 
 def close(found, expected, tolerance=2e-4):
@@ -101,19 +100,19 @@ def test_against_one_differentiation_of_the_whole_model(keep):
     chunks = min(8 * batches, CHUNKS)
     assert walk.kept_chunks == chunks
     padded = np.pad(ids, ((0, 5), (0, 0)))
-    log_p = whole_model(WIDE, padded)
+    log_p, gradients_with = whole_model(WIDE, padded)
     labels = np.zeros(padded.shape, np.int32)
     for batch in range(batches):
         rows = slice(8 * batch, 8 * batch + 8)
         labels[rows] = labels_of(log_p[rows], batch, batches, 8)
-    gradients, seen = gradients_of(padded, labels)
+    gradients, seen = gradients_with(labels)
 
     for index, (sensitivities, moments) in layers.items():
         assert set(sensitivities) == set(QUANTIZED_LINEARS)
         assert set(moments) == set(LINEAR_INPUTS.values())
         weights = {name: [] for name in moments}
         for name, found in sensitivities.items():
-            g = gradients[index, name].reshape(chunks * LENGTH, -1)
+            g = in_float64(gradients, (index, name), chunks)
             n, height = g.shape[1], min(512, g.shape[1])
             assert found.tokens == chunks * LENGTH
             assert found.blocks.shape == (-(-n // height), height, height)
@@ -129,7 +128,7 @@ def test_against_one_differentiation_of_the_whole_model(keep):
             weights[LINEAR_INPUTS[name]].append(squares / squares.mean())
         for name, moment in moments.items():
             w = np.minimum(np.mean(weights[name], axis=0), 10)
-            x = seen[index, name].reshape(chunks * LENGTH, -1)
+            x = in_float64(seen, (index, name), chunks)
             close(moment.total, (x * w[:, None]).T @ x)
             assert moment.tokens == chunks * LENGTH
 
