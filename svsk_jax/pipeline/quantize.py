@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels.svsk_matmul import Int8Weight
+from pallas_kernels.svsk_matmul.reference import dequantize
 from svsk_jax.calibration.config import CalibrationConfig
 from svsk_jax.calibration.store import Statistics
 from svsk_jax.model.parameters import LINEAR_INPUTS, QUANTIZED_LINEARS, parameter_shapes
@@ -209,11 +210,12 @@ def _quantize_layer(
             result = quantize_joint(
                 dense, *metrics[name], plan.tensors[f"layers.{index}.{name}"], plan.config
             )
-            stored[path] = result.weight
+            stored[path], restored = result.weight, result.restored
             predicted += result.nats
         else:
             stored[path] = quantize_linear(dense, moment, plan.config)
-        errors[name] = float(layer_error(dense, stored[path], moment))
+            restored = dequantize(stored[path])
+        errors[name] = float(layer_error(dense, restored, moment))
     return stored, errors, predicted
 
 

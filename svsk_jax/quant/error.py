@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.svsk_matmul.reference import dequantize
-from svsk_jax.quant.types import InputMoment, PackedWeight
+from svsk_jax.quant.types import InputMoment
 
 
 def output_energy(E: Float[Array, "n k"], moment: InputMoment) -> Float[Array, ""]:
@@ -17,9 +16,12 @@ def output_energy(E: Float[Array, "n k"], moment: InputMoment) -> Float[Array, "
 
 
 @jax.jit
-def layer_error(W: Float[Array, "n k"], weight: PackedWeight, moment: InputMoment) -> Float[Array, ""]:
-    """tr((W-Ŵ) H (W-Ŵ)ᵀ) / tr(W H Wᵀ), dimensionless, f32; 0 when the output of W itself is zero."""
+def layer_error(
+    W: Float[Array, "n k"], restored: Float[Array, "n k"], moment: InputMoment
+) -> Float[Array, ""]:
+    """tr((W-Ŵ) H (W-Ŵ)ᵀ) / tr(W H Wᵀ), dimensionless, f32, Ŵ being `restored`; 0 when the output of W
+    itself is zero."""
     W = W.astype(jnp.float32)
     signal = output_energy(W, moment)
-    lost = output_energy(W - dequantize(weight), moment)
+    lost = output_energy(W - restored, moment)
     return jnp.where(signal > 0, lost / jnp.where(signal > 0, signal, 1.0), 0.0)

@@ -166,9 +166,11 @@ def tile_blocks(G: Float[Array, "t m m"], rows: int, n: int) -> Float[Array, "ti
 
 
 class Quantized(NamedTuple):
-    """The stored form of a linear, and the nats that its base alone and all of it are predicted to cost."""
+    """The stored form of a linear, the f32 matrix that it restores, and the nats that its base alone and all
+    of it are predicted to cost."""
 
     weight: SVSKWeight
+    restored: Float[Array, "n k"]
     base_nats: float
     nats: float
 
@@ -186,20 +188,20 @@ def quantize_joint(
     coefficients = stored.astype(jnp.float32)
     base = quantize_base(W, inputs, outputs, coefficients, plan.group, config)
     base_nats = nats(W - base.dense, inputs.H, outputs.G)
-    best = (base_nats, base, None)
+    best = (base_nats, base, None, base.dense)
     if plan.has_sidecar:
         ranks = jnp.asarray(np.array(plan.ranks, np.int32))
         width = next(width for width in WIDTHS if width >= max(map(max, plan.ranks)))
         G = tile_blocks(fit_metric(outputs, config), min(plan.tile.rows, W.shape[0]), W.shape[0])
-        best = (jnp.inf, base, None)
+        best = (jnp.inf, base, None, base.dense)
         for turn in range(1 + config.joint_rounds):
             if turn:
                 base = quantize_base(W - S, inputs, outputs, coefficients, plan.group, config)
             factors, S = fit_tiles(W - base.dense, inputs.H, G, ranks, plan.tile.columns, width)
             cost = nats(W - base.dense - S, inputs.H, outputs.G)
             if cost < best[0]:
-                best = (cost, base, factors)
-    cost, base, factors = best
+                best = (cost, base, factors, base.dense + S)
+    cost, base, factors, restored = best
     tile = (plan.tile.rows, plan.tile.columns)
     shape = (W.shape[0], W.shape[1])
     weight = SVSKWeight(
@@ -211,4 +213,4 @@ def quantize_joint(
         shape=shape,
         group=plan.group,
     )
-    return Quantized(weight, float(base_nats), float(cost))
+    return Quantized(weight, restored, float(base_nats), float(cost))

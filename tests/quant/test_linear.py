@@ -39,7 +39,7 @@ def test_int8_bytes_and_error():
 
 def test_error_falls_with_rank_and_is_the_stated_ratio():
     errors = [
-        float(layer_error(W, quantize_linear(W, DIAGONAL, recipe(name)), H))
+        float(layer_error(W, dequantize(quantize_linear(W, DIAGONAL, recipe(name))), H))
         for name in ("q4", "classic-r8", "classic-r16")
     ]
     assert errors[2] < errors[1] < errors[0] < 0.05
@@ -75,7 +75,7 @@ def test_moments_add():
 def test_a_layer_of_zeros_has_no_error():
     zero = jnp.zeros((4, 64))
     moment = InputMoment(total=jnp.ones(64), tokens=jnp.int32(1))
-    assert layer_error(zero, quantize_linear(zero, moment, recipe("classic-r8")), moment) == 0
+    assert layer_error(zero, dequantize(quantize_linear(zero, moment, recipe("classic-r8"))), moment) == 0
 
 
 def test_combinations_that_are_not_are_refused():
