@@ -46,9 +46,6 @@ def dequantize_sidecar(sidecar: Sidecar) -> Float[Array, "n k"]:
         u_at, s_at, column = u_at + height * total, s_at + total, 0
         tiles = []
         for (start, stop), rank in zip(sidecar.column_spans, ranks, strict=True):
-            if rank == 0:  # Not a product over nothing: under jit, XLA's CPU code for it can crash.
-                tiles.append(jnp.zeros((height, stop - start), jnp.float32))
-                continue
             size = rank * (stop - start)
             v = sidecar.v[v_at : v_at + size].reshape(rank, stop - start).astype(jnp.float32)
             tiles.append(_product(u[:, column : column + rank], v))
