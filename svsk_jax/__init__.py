@@ -9,6 +9,9 @@ from svsk_jax.pipeline import calibrate, convert, quantize
 from svsk_jax.quant.types import RECIPES, QuantConfig, recipe
 from svsk_jax.runtime.generate import TextGenerator
 from svsk_jax.runtime.sampling import SamplingConfig
+from svsk_jax.xla_flags import avoid_crashing_fusions
+
+avoid_crashing_fusions()
 
 __all__ = [
     "RECIPES",

@@ -227,12 +227,25 @@ def test_interrupt_leaves_nothing(checkpoint, tmp_path):
         str(checkpoint),
         "--output",
         str(tmp_path / "out"),
+        "--calib",
+        "documentation",
+        "--chunks",
+        "2000",
+        "--chunk-length",
+        "32",
     ]
-    with subprocess.Popen([*command, *CALIB], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None and not list(tmp_path.iterdir()):
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         _, message = process.communicate(timeout=120)
     assert process.returncode == 1, message
     assert "interrupted" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_diagonal_moments_are_refused_before_any_work(checkpoint, tmp_path, capsys):
+    command = ["quantize", "--model", checkpoint, "--output", tmp_path / "out", *CALIB]
+    assert svsk(*command, "--recipe", "svsk-r16") == 2
+    assert "--moments diagonal" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

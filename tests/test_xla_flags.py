@@ -1,0 +1,20 @@
+"""The sum that crashes jaxlib 0.10.2, in a process of its own."""
+
+import os
+import subprocess
+import sys
+
+CRASHING = """
+import svsk_jax, jax, jax.numpy as jnp
+def total(u, v, W):
+    S = jnp.concatenate([jnp.zeros((512, 576)), jnp.matmul(u, v, precision=jax.lax.Precision.HIGHEST)])
+    return jnp.sum((W - S) ** 2)
+print(float(jax.jit(total)(jnp.ones((64, 2)), jnp.ones((2, 576)), jnp.ones((576, 576)))))
+"""
+
+
+def test_a_sum_over_a_restored_sidecar():
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run([sys.executable, "-c", CRASHING], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == 576 * 576
