@@ -118,6 +118,8 @@ class Walk:
                 upstream[batch], found = layer_sensitivity(
                     layer, placed, upstream[batch], self.masks[batch], self.mesh
                 )
+                # Sums over arrays that lie on several devices would each wait for all of them.
+                found = self._on_one_device(found)
                 total = found if total is None else {name: total[name] + found[name] for name in found}
             assert total is not None
             weights = token_weights(total)

@@ -170,9 +170,7 @@ def _existing_parent(output: Path) -> Path:
 
 
 def _only_what_is_needed(calibration: CalibrationConfig, config: QuantConfig) -> CalibrationConfig:
-    """Leave out what the recipe would not look at; refuse what it cannot do without."""
-    if config.needs_full_moments and calibration.moments == "diagonal":
-        raise ValueError("--moments diagonal: this recipe needs full second moments; leave the flag out")
+    """Leave out what the recipe would not look at."""
     if not config.needs_full_moments:
         return dataclasses.replace(calibration, moments="diagonal", fisher="off")
     if not config.needs_sensitivity:

@@ -242,10 +242,3 @@ def test_interrupt_leaves_nothing(checkpoint, tmp_path):
     assert process.returncode == 1, message
     assert "interrupted" in message
     assert list(tmp_path.iterdir()) == []
-
-
-def test_diagonal_moments_are_refused_before_any_work(checkpoint, tmp_path, capsys):
-    command = ["quantize", "--model", checkpoint, "--output", tmp_path / "out", *CALIB]
-    assert svsk(*command, "--recipe", "svsk-r16") == 2
-    assert "--moments diagonal" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
