@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
@@ -102,7 +101,7 @@ def measure_options(
                         shape, group, config.scales, "linear" if coefficients is None else "companded"
                     ),
                     nats=cost,
-                    gains=np.asarray(rank_gains(residual, inputs.H, G, tile.columns, width)),
+                    gains=rank_gains(residual, inputs.H, G, tile.columns, width),
                 )
             )
     return options
@@ -191,10 +190,12 @@ def plan_model(
     """Group size and ranks of every linear, by predicted nats per byte over the whole model."""
     if config.bits is None:
         return Plan(recipe=recipe, config=config, tensors=fixed_plans(source, config))
+    # Feedback across rows costs as much time again, and helps all options about alike.
+    measured = dataclasses.replace(config, feedback="columns") if config.feedback == "both" else config
     options: dict[str, list[Option]] = {}
     layers = source.config.num_layers
     for index in range(layers):
-        options |= layer_options(source, statistics, index, config, Choices.of(config), dtype)
+        options |= layer_options(source, statistics, index, measured, Choices.of(config), dtype)
         if on_progress:
             on_progress(Progress(stage="plan", layer=index + 1, layers=layers))
     chosen = spend(options, config)

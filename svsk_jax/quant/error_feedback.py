@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from svsk_jax.quant.codebook import decode, round_to_level
+from svsk_jax.quant.metric import HIGHEST, band_blocks, bands
 
 COLUMN_BLOCK = 64
-HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def _pad_square(U: jax.Array, size: int) -> jax.Array:
+def pad_square(U: Float[Array, "*b n n"], size: int) -> jax.Array:
     """U with an identity appended on the diagonal, up to size × size."""
     n = U.shape[-1]
     padded = jnp.zeros((*U.shape[:-2], size, size), U.dtype).at[..., :n, :n].set(U)
@@ -57,7 +57,77 @@ def _block_inverses(U: Float[Array, "t m m"], size: int) -> Float[Array, "b t si
     return jax.lax.map(invert, blocks.reshape(-1, size, size)).reshape(blocks.shape)
 
 
+def _round_tiles(
+    W: Float[Array, "k t m"],
+    scales: Float[Array, "k t m"],
+    U: Float[Array, "k k"],
+    coefficients: jax.Array,
+    order: Int[Array, "t m"],
+    factor: Float[Array, "t m m"],
+    row_block: int,
+) -> UInt8[Array, "k t m"]:
+    """Codes of Wᵀ in tiles of m rows, each rounded block by block of rows in its order; K in rounding
+    order."""
+    k, tiles, height = W.shape
+    size = -(-height // row_block) * row_block
+    factor = pad_square(factor, size)
+    inverses = _block_inverses(factor, row_block)
+
+    def in_order(x: jax.Array) -> jax.Array:
+        picked = jnp.take_along_axis(x, order[None], axis=2)
+        return jnp.pad(picked, ((0, 0), (0, 0), (0, size - height)))
+
+    def round_rows(W, start):
+        w = jax.lax.dynamic_slice_in_dim(W, start, row_block, axis=2)
+        s = jax.lax.dynamic_slice_in_dim(ordered_scales, start, row_block, axis=2)
+        flat = (k, tiles * row_block)
+        codes = _round_columns(w.reshape(flat), s.reshape(flat), U, coefficients).reshape(w.shape)
+        error = w - s * decode(codes, coefficients)
+        right = jax.lax.dynamic_slice_in_dim(factor, start, row_block, axis=1)
+        later = jnp.where(jnp.arange(size) >= start + row_block, right, 0.0)
+        inverse = jax.lax.dynamic_index_in_dim(inverses, start // row_block, keepdims=False)
+        scaled = jnp.einsum("tbc,ktb->tck", inverse, error, precision=HIGHEST)
+        return W - jnp.einsum("tbm,tbk->ktm", later, scaled, precision=HIGHEST), codes
+
+    ordered_scales = in_order(scales)
+    _, codes = jax.lax.scan(round_rows, in_order(W), jnp.arange(0, size, row_block))
+    # [blocks, k, tiles, row_block] → [k, tiles, m]
+    codes = codes.transpose(1, 2, 0, 3).reshape(k, tiles, size)[..., :height]
+    return jnp.take_along_axis(codes, jnp.argsort(order, axis=1)[None], axis=2)
+
+
+def _by_column(x: Float[Array, "n k"], order: Int[Array, "k"], padded: int) -> Float[Array, "padded n"]:
+    """Rows of weights as columns in rounding order."""
+    return jnp.pad(x[:, order].T, ((0, padded - x.shape[1]), (0, 0)))
+
+
+def _by_row(codes: UInt8[Array, "padded n"], order: Int[Array, "k"]) -> UInt8[Array, "n k"]:
+    """`_by_column` undone."""
+    k = len(order)
+    return jnp.zeros((codes.shape[1], k), jnp.uint8).at[:, order].set(codes[:k].T)
+
+
 @partial(jax.jit, static_argnames="row_block")
+def _round_band(
+    W: Float[Array, "n k"],
+    scales: Float[Array, "n k"],
+    coefficients: jax.Array,
+    columns: tuple[jax.Array, jax.Array],
+    rows: tuple[jax.Array, jax.Array] | None,
+    row_block: int,
+) -> UInt8[Array, "n k"]:
+    """`feedback` for tiles of one height, none of them padded."""
+    order, U = columns
+    padded = -(-len(order) // COLUMN_BLOCK) * COLUMN_BLOCK
+    U = pad_square(U, padded)
+    w, s = (_by_column(x, order, padded) for x in (W, scales))
+    if rows is None:
+        return _by_row(_round_columns(w, s, U, coefficients), order)
+    tiled = (padded, *rows[0].shape)
+    codes = _round_tiles(w.reshape(tiled), s.reshape(tiled), U, coefficients, *rows, row_block)
+    return _by_row(codes.reshape(padded, -1), order)
+
+
 def feedback(
     W: Float[Array, "n k"],
     scales: Float[Array, "n k"],
@@ -79,8 +149,8 @@ def feedback(
         scales: scale of each weight, [N, K].
         coefficients: (a, δ) of the codebook.
         columns: order of the columns and the upper factor U of H⁻¹ in that order (`metric.inverse_factor`).
-        rows: likewise for each tile of m rows, from the diagonal blocks of G; N ≤ t·m, tiles
-            in order and the last one filled up with rows that don't exist. None for G = I.
+        rows: likewise for each tile of m rows, from the diagonal blocks of G, as in
+            `joint.OutputMetric`; N ≤ t·m, tiles in order. None for G = I.
         row_block: rows rounded together.
 
     Returns:
@@ -89,49 +159,15 @@ def feedback(
     Source: Frantar et al., "GPTQ" (2022); for rows, the two-sided rounding of Tseng et al.,
     "Model-Preserving Adaptive Rounding" (2025).
     """
-    n, k = W.shape
-    order, U = columns
-    padded = -(-k // COLUMN_BLOCK) * COLUMN_BLOCK
-    U = _pad_square(U, padded)
-
-    def by_column(x: jax.Array) -> jax.Array:
-        """[r, k] in stored order → [padded, r] in rounding order."""
-        return jnp.pad(x[:, order].T, ((0, padded - k), (0, 0)))
-
-    def to_stored(codes: jax.Array) -> jax.Array:
-        return jnp.zeros((codes.shape[1], k), jnp.uint8).at[:, order].set(codes[:k].T)
-
     if rows is None:
-        return to_stored(_round_columns(by_column(W), by_column(scales), U, coefficients))
-    row_order, row_factor = rows
-    tiles, height = row_order.shape
-    size = -(-height // row_block) * row_block
-    row_factor = _pad_square(row_factor, size)
-    # Row r of the result, for each tile and place in its order; places past N hold a zero row.
-    place = row_order + height * jnp.arange(tiles)[:, None]
-    place = jnp.pad(place, ((0, 0), (0, size - height)), constant_values=n)
-
-    def tiled(x: jax.Array) -> jax.Array:
-        """[n, k] → [padded, tiles, size]."""
-        rows_of = jnp.pad(by_column(x), ((0, 0), (0, 1)))
-        return rows_of[:, jnp.minimum(place, n)]
-
-    def round_rows(W, start):
-        w = jax.lax.dynamic_slice_in_dim(W, start, row_block, axis=2)
-        s = jax.lax.dynamic_slice_in_dim(S, start, row_block, axis=2)
-        flat = (padded, tiles * row_block)
-        codes = _round_columns(w.reshape(flat), s.reshape(flat), U, coefficients).reshape(w.shape)
-        error = w - s * decode(codes, coefficients)
-        right = jax.lax.dynamic_slice_in_dim(row_factor, start, row_block, axis=1)
-        later = jnp.where(jnp.arange(size) >= start + row_block, right, 0.0)
-        inverse = jax.lax.dynamic_index_in_dim(inverses, start // row_block, keepdims=False)
-        scaled = jnp.einsum("tbc,ktb->tck", inverse, error, precision=HIGHEST)
-        return W - jnp.einsum("tbm,tbk->ktm", later, scaled, precision=HIGHEST), codes
-
-    inverses = _block_inverses(row_factor, row_block)
-    S = tiled(scales)
-    _, codes = jax.lax.scan(round_rows, tiled(W), jnp.arange(0, size, row_block))
-    # [blocks, padded, tiles, row_block] → [padded, tiles, size]
-    codes = codes.transpose(1, 2, 0, 3).reshape(padded, tiles * size)
-    by_row = jnp.zeros((padded, n + 1), jnp.uint8).at[:, jnp.minimum(place, n).reshape(-1)].set(codes)
-    return to_stored(by_row[:, :n])
+        return _round_band(W, scales, coefficients, columns, None, row_block)
+    order, factor = rows
+    parts = []
+    # A compiled function for each height of tiles, not for each matrix.
+    for band in bands(W.shape[0], order.shape[1]):
+        first, tiles, size = band
+        inside = slice(first, first + tiles * size)
+        within = (order[first // order.shape[1] :, :size][:tiles], band_blocks(factor, band))
+        block = min(row_block, size)
+        parts.append(_round_band(W[inside], scales[inside], coefficients, columns, within, block))
+    return jnp.concatenate(parts)

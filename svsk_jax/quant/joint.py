@@ -6,13 +6,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from pallas_kernels.svsk_matmul.layout import SUPER_GROUP, expand_groups, pack_codes, pack_int6
 from svsk_jax.quant.codebook import LINEAR, decode, round_to_level
-from svsk_jax.quant.error_feedback import feedback
+from svsk_jax.quant.error_feedback import feedback, pad_square
 from svsk_jax.quant.metric import (
+    band_blocks,
+    bands,
     inverse_factor,
     mix_moments,
     nats,
@@ -30,8 +31,7 @@ from svsk_jax.quant.types import (
     TensorPlan,
 )
 
-WIDTHS = (8, 16, 32, 64, 128)
-"""Ranks that a fit is compiled for; a plan's largest rank is rounded up to one of them."""
+_pack_codes, _pack_int6 = jax.jit(pack_codes), jax.jit(pack_int6)
 
 
 class InputMetric(NamedTuple):
@@ -43,11 +43,13 @@ class InputMetric(NamedTuple):
 
 
 class OutputMetric(NamedTuple):
-    """Blocks of G of a linear's output, and what feedback across rows needs of them."""
+    """Blocks of G of a linear's output, and what feedback across rows, if the recipe has it, needs of
+    them."""
 
     G: Float[Array, "t m m"]
-    order: Int[Array, "t m"]
-    factor: Float[Array, "t m m"]
+    order: Int[Array, "t m"] | None = None
+    factor: Float[Array, "t m m"] | None = None
+    """The last tile's rows that don't exist come last in its order, with an identity for a factor."""
 
 
 class Base(NamedTuple):
@@ -81,18 +83,25 @@ def _input_metric(H: jax.Array, shrinkage: float | jax.Array, damping: float | j
 
 def output_metric(sensitivity: OutputSensitivity, rows: int, config: QuantConfig) -> OutputMetric:
     """G as the recipe shrinks it, for a linear of `rows` outputs."""
-    return _output_metric(sensitivity.mean, rows, config.sensitivity_shrinkage, config.damping)
+    G, height = sensitivity.mean, sensitivity.blocks.shape[1]
+    parts = []
+    for band in bands(rows, height):
+        blocks = shrink_to_identity(band_blocks(G, band), config.sensitivity_shrinkage)
+        missing = height - band[2]
+        padded = jnp.pad(blocks, ((0, 0), (0, missing), (0, missing)))
+        order = factor = None
+        if config.feedback == "both":
+            order, factor = _row_factors(blocks, config.damping)
+            tail = jnp.broadcast_to(jnp.arange(band[2], height), (len(order), missing))
+            order, factor = jnp.concatenate([order, tail], axis=1), pad_square(factor, height)
+        parts.append(OutputMetric(padded, order, factor))
+    return jax.tree.map(lambda *each: jnp.concatenate(each), *parts)
 
 
-@partial(jax.jit, static_argnames="rows")
-def _output_metric(
-    G: jax.Array, rows: int, shrinkage: float | jax.Array, damping: float | jax.Array
-) -> OutputMetric:
-    tiles, height = G.shape[:2]
-    sizes = jnp.asarray(np.clip(rows - height * np.arange(tiles), 1, height), jnp.float32)
-    G = jax.vmap(lambda block, size: shrink_to_identity(block, shrinkage, size))(G, sizes)
-    # lax.map here and below, not vmap: on CPU, XLA's batched solvers can wait for one another for ever.
-    return OutputMetric(G, *jax.lax.map(lambda block: inverse_factor(block, damping), G))
+@jax.jit
+def _row_factors(G: jax.Array, damping: float | jax.Array) -> tuple[jax.Array, jax.Array]:
+    # lax.map, not vmap: on CPU, XLA's batched solvers can wait for one another for ever.
+    return jax.lax.map(lambda block: inverse_factor(block, damping), G)
 
 
 @jax.jit
@@ -116,33 +125,36 @@ def quantize_base(
     config: QuantConfig,
 ) -> Base:
     """Two-level scales, then codes, by error feedback where the recipe has it. f32 throughout."""
-    return _quantize_base(W, inputs, outputs, coefficients, group, config.importance, config.feedback)
+    integers, super_scales, scales = _search(W, inputs.H, coefficients, group, config.importance)
+    if config.feedback == "none":
+        codes = round_to_level(W, scales, coefficients).astype(jnp.uint8)
+    else:
+        rows = None
+        if config.feedback == "both":
+            if outputs.order is None or outputs.factor is None:
+                raise ValueError("feedback across rows needs an output metric made for it")
+            rows = (outputs.order, outputs.factor)
+        codes = feedback(W, scales, coefficients, (inputs.order, inputs.factor), rows)
+    return Base(codes, integers, super_scales, _restore(codes, scales, coefficients))
 
 
-@partial(jax.jit, static_argnames=("group", "importance_kind", "feedback_kind"))
-def _quantize_base(
-    W: jax.Array,
-    inputs: InputMetric,
-    outputs: OutputMetric,
-    coefficients: jax.Array,
-    group: int,
-    importance_kind: str,
-    feedback_kind: str,
-) -> Base:
-    h = jnp.diagonal(inputs.H)
+@partial(jax.jit, static_argnames=("group", "importance_kind"))
+def _search(
+    W: jax.Array, H: jax.Array, coefficients: jax.Array, group: int, importance_kind: str
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Integers, super-scales, and the scale of each weight."""
+    h = jnp.diagonal(H)
     importance = (
         imatrix_importance(W, h, group) if importance_kind == "imatrix" else jnp.broadcast_to(h, W.shape)
     )
     integers, super_scales = search_two_level(W, importance, coefficients, group)
     steps = expand_groups(super_scales.astype(jnp.float32), SUPER_GROUP // group, integers.shape[1])
-    scales = expand_groups(integers.astype(jnp.float32) * steps, group, W.shape[1])
-    if feedback_kind == "none":
-        codes = round_to_level(W, scales, coefficients).astype(jnp.uint8)
-    else:
-        columns = (inputs.order, inputs.factor)
-        rows = (outputs.order, outputs.factor) if feedback_kind == "both" else None
-        codes = feedback(W, scales, coefficients, columns, rows)
-    return Base(codes, integers, super_scales, scales * decode(codes, coefficients))
+    return integers, super_scales, expand_groups(integers.astype(jnp.float32) * steps, group, W.shape[1])
+
+
+@jax.jit
+def _restore(codes: jax.Array, scales: jax.Array, coefficients: jax.Array) -> jax.Array:
+    return scales * decode(codes, coefficients)
 
 
 def fit_metric(outputs: OutputMetric, config: QuantConfig) -> Float[Array, "t m m"]:
@@ -190,14 +202,12 @@ def quantize_joint(
     base_nats = nats(W - base.dense, inputs.H, outputs.G)
     best = (base_nats, base, None, base.dense)
     if plan.has_sidecar:
-        ranks = jnp.asarray(np.array(plan.ranks, np.int32))
-        width = next(width for width in WIDTHS if width >= max(map(max, plan.ranks)))
         G = tile_blocks(fit_metric(outputs, config), min(plan.tile.rows, W.shape[0]), W.shape[0])
         best = (jnp.inf, base, None, base.dense)
         for turn in range(1 + config.joint_rounds):
             if turn:
                 base = quantize_base(W - S, inputs, outputs, coefficients, plan.group, config)
-            factors, S = fit_tiles(W - base.dense, inputs.H, G, ranks, plan.tile.columns, width)
+            factors, S = fit_tiles(W - base.dense, inputs.H, G, plan.ranks, plan.tile.columns)
             cost = nats(W - base.dense - S, inputs.H, outputs.G)
             if cost < best[0]:
                 best = (cost, base, factors, base.dense + S)
@@ -205,11 +215,11 @@ def quantize_joint(
     tile = (plan.tile.rows, plan.tile.columns)
     shape = (W.shape[0], W.shape[1])
     weight = SVSKWeight(
-        codes=pack_codes(base.codes),
-        scales=pack_int6(base.integers),
+        codes=_pack_codes(base.codes),
+        scales=_pack_int6(base.integers),
         super_scales=base.super_scales,
         coefficients=None if plan.coefficients is None else stored,
-        sidecar=None if factors is None else to_sidecar(factors, shape, tile, plan.ranks),
+        sidecar=None if factors is None else to_sidecar(factors, shape, tile),
         shape=shape,
         group=plan.group,
     )

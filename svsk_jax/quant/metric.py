@@ -69,12 +69,31 @@ def inverse_factor(
     return order, inverse[::-1, ::-1]
 
 
+def bands(rows: int, height: int) -> list[tuple[int, int, int]]:
+    """Runs of row tiles of one height, (first row, tiles, their height): the whole tiles, then the ragged
+    last one, which would cost as much as a whole one if it were padded."""
+    whole = rows // height
+    runs = [(0, whole, height), (whole * height, 1, rows - whole * height)]
+    return [(first, tiles, size) for first, tiles, size in runs if tiles and size]
+
+
+def band_blocks(G: Float[Array, "t m m"], band: tuple[int, int, int]) -> Float[Array, "tiles size size"]:
+    """What of the padded blocks of G lies in a band of `bands`."""
+    first, tiles, size = band
+    start = first // G.shape[-1]
+    return G[start : start + tiles, :size, :size]
+
+
+@jax.jit
 def nats(E: Float[Array, "n k"], H: Float[Array, "k k"], G: Float[Array, "t m m"]) -> Float[Array, ""]:
     """½ tr(G E H Eᵀ): the KL divergence per token, in nats, that the error E = W - Ŵ of a linear costs to
     second order, with input moment H and output sensitivity E[g gᵀ] in diagonal blocks G (Kronecker
     approximation); f32."""
-    tiles, height = G.shape[0], G.shape[1]
-    padded = jnp.pad(E, ((0, tiles * height - E.shape[0]), (0, 0))).reshape(tiles, height, -1)
-    right = jnp.matmul(padded, H, precision=HIGHEST)
-    gram = jnp.einsum("tmk,tnk->tmn", right, padded, precision=HIGHEST)
-    return 0.5 * jnp.sum(G * gram)
+    right = jnp.matmul(E, H, precision=HIGHEST)
+    total = jnp.float32(0)
+    for band in bands(E.shape[0], G.shape[1]):
+        first, tiles, size = band
+        left, tall = (x[first : first + tiles * size].reshape(tiles, size, -1) for x in (right, E))
+        gram = jnp.einsum("tmk,tnk->tmn", left, tall, precision=HIGHEST)
+        total += jnp.sum(band_blocks(G, band) * gram)
+    return 0.5 * total

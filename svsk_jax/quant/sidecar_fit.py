@@ -2,7 +2,8 @@
 int8."""
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from pallas_kernels.svsk_matmul.layout import tile_spans
 from pallas_kernels.svsk_matmul.types import SIDECAR_UNIT, Sidecar
 from svsk_jax.quant.metric import HIGHEST, damped_cholesky
 from svsk_jax.quant.sidecar import low_rank
+from svsk_jax.quant.types import MAX_RANK
 
 FACTOR_DAMPING = 1e-4
 """Share of the mean diagonal added to H and G before they are factored for a fit."""
@@ -20,16 +22,21 @@ SWEEPS = 2
 """Gauss-Seidel sweeps over the column tiles, where there are several."""
 
 
+WIDTHS = (8, 32, MAX_RANK)
+"""Ranks that a fit is compiled for; a tile's rank is rounded up to one of them."""
+
+
 class TileFactors(NamedTuple):
-    """int8 factors of every tile, zero past a tile's rank. Rows past the matrix are zero.
+    """int8 factors of a tile of m rows and c columns, in r ranks: S = U diag(scale · SIDECAR_UNIT) V."""
 
-    u [t, m, j, r] and scale [t, j, r] over t row tiles of m rows, j column tiles and r ranks; v is a tuple
-    over column tiles of [t, r, columns]. S = U diag(scale · SIDECAR_UNIT) V.
-    """
+    u: Int8[Array | np.ndarray, "m r"]
+    v: Int8[Array | np.ndarray, "r c"]
+    scale: Float[Array | np.ndarray, "r"]
 
-    u: Int8[Array, "t m j r"]
-    v: tuple[Int8[Array, "t r c"], ...]
-    scale: Float[Array, "t j r"]
+    def cut(self, rank: int) -> "TileFactors":
+        """The first `rank` ranks, in host memory: every shape would be compiled for otherwise."""
+        u, v, scale = jax.device_get(self)
+        return TileFactors(u[:, :rank], v[:rank], scale[:rank])
 
 
 def _rows_to_int8(V: Float[Array, "r c"]) -> tuple[Int8[Array, "r c"], Float[Array, "r"]]:
@@ -38,15 +45,17 @@ def _rows_to_int8(V: Float[Array, "r c"]) -> tuple[Int8[Array, "r c"], Float[Arr
     return values.astype(jnp.int8), step
 
 
+@functools.partial(jax.jit, static_argnames="width")
 def _fit_tile(
     E: Float[Array, "m c"],
     H: Float[Array, "c c"],
     L: Float[Array, "c c"],
     R: Float[Array, "m m"],
-    rank: Int[Array, ""],
+    rank: int | Int[Array, ""],
     width: int,
-) -> tuple[Int8[Array, "m r"], Int8[Array, "r c"], Float[Array, "r"], Float[Array, "m c"]]:
-    """(U, V, scale, S) of the rank-`rank` minimiser of tr(G (E-S) H (E-S)ᵀ), G = R Rᵀ and H = L Lᵀ."""
+) -> tuple[TileFactors, Float[Array, "m c"]]:
+    """Factors, in `width` ranks of which those past `rank` are zero, and S of the rank-`rank` minimiser of
+    tr(G (E-S) H (E-S)ᵀ), G = R Rᵀ and H = L Lᵀ."""
     weighted = jnp.matmul(R.T, jnp.matmul(E, L, precision=HIGHEST), precision=HIGHEST)
     _, V = low_rank(weighted, width)
     keep = (jnp.arange(width) < rank)[:, None]
@@ -69,19 +78,29 @@ def _fit_tile(
     # Rounding once more to the step as f16 holds it.
     u = jnp.clip(jnp.round(U.T / jnp.where(steps == 0, 1.0, steps)[:, None]), -127, 127).astype(jnp.int8).T
     S = jnp.matmul(u.astype(jnp.float32) * steps, stored, precision=HIGHEST)
-    return u, v, scale, S
+    return TileFactors(u, v, scale), S
 
 
-@functools.partial(jax.jit, static_argnames=("columns", "width", "coupled"))
+_factor = jax.jit(functools.partial(damped_cholesky, damping=FACTOR_DAMPING))
+
+
+@jax.jit
+def _coupled_target(
+    others: Float[Array, "m k"], H: Float[Array, "k c"], factor: Float[Array, "c c"], own: Float[Array, "m c"]
+) -> Float[Array, "m c"]:
+    """What column tile J is fitted to: its own residual, and Σ_{I≠J} (E_I - S_I) H_IJ H_JJ⁻¹."""
+    rest = jnp.matmul(others, H, precision=HIGHEST)
+    return own + jax.scipy.linalg.cho_solve((factor, True), rest.T).T
+
+
 def fit_tiles(
     E: Float[Array, "n k"],
     H: Float[Array, "k k"],
     G: Float[Array, "t m m"],
-    ranks: Int[Array, "t j"],
+    ranks: Sequence[Sequence[int]],
     columns: int,
-    width: int,
     coupled: bool = True,
-) -> tuple[TileFactors, Float[Array, "n k"]]:
+) -> tuple[list[list[TileFactors]], Float[Array, "n k"]]:
     """The low-rank S that minimises tr(G (E - S) H (E - S)ᵀ), tile by tile, as its int8 factors store it.
 
     Per tile, with G = R Rᵀ and H = L Lᵀ: V = SVD_r(Rᵀ E L)'s right factor times L⁻¹, rounded to int8; U by
@@ -94,77 +113,85 @@ def fit_tiles(
         H: second moment of the input.
         G: output sensitivity in t diagonal blocks of m rows, the last one padded; identities for a fit in H
             alone.
-        ranks: rank of each tile, at most `width`.
+        ranks: rank of each tile, by row tile, then column tile.
         columns: columns of a tile, 0 for all of K.
-        width: ranks that the arrays hold (static, so that a few compiled functions serve all ranks).
         coupled: whether column tiles make up for one another.
 
     Returns:
-        The factors, and S [N, K] as they restore it.
+        The factors by row tile, then column tile, and S [N, K] as they restore it.
     """
     n, k = E.shape
-    tiles, height = G.shape[0], G.shape[1]
     spans = tile_spans(k, columns)
-    padded = jnp.pad(E, ((0, tiles * height - n), (0, 0))).reshape(tiles, height, k)
-    R = jax.lax.map(lambda block: damped_cholesky(block, FACTOR_DAMPING), G)
-    blocks = [H[a:b, a:b] for a, b in spans]
-    factors = [damped_cholesky(block, FACTOR_DAMPING) for block in blocks]
-    S = jnp.zeros_like(padded)
-    parts: list[Any] = [None] * len(spans)
-    for _ in range(SWEEPS if coupled and len(spans) > 1 else 1):
-        for j, (a, b) in enumerate(spans):
-            target = padded[:, :, a:b]
-            if coupled and len(spans) > 1:
-                rest = jnp.matmul((padded - S.at[:, :, a:b].set(0.0)), H[:, a:b], precision=HIGHEST)
-                solved = jax.scipy.linalg.cho_solve((factors[j], True), rest.reshape(-1, b - a).T)
-                target = solved.T.reshape(tiles, height, b - a)
-
-            def fit(tile, H=blocks[j], L=factors[j]):
-                return _fit_tile(tile[0], H, L, tile[1], tile[2], width)
-
-            # lax.map, not vmap: on CPU, XLA's batched solvers can wait for one another for ever.
-            *parts[j], restored = jax.lax.map(fit, (target, R, ranks[:, j]))
-            S = S.at[:, :, a:b].set(restored)
-    u, v, scale = zip(*parts, strict=True)
-    stored = TileFactors(u=jnp.stack(u, axis=2), v=tuple(v), scale=jnp.stack(scale, axis=1))
-    return stored, S.reshape(tiles * height, k)[:n]
+    factors = [_factor(H[a:b, a:b]) for a, b in spans]
+    stored, restored = [], []
+    for i, (start, stop) in enumerate(tile_spans(n, G.shape[1])):
+        rows = E[start:stop]
+        row, S = _none(rows, spans), jnp.zeros_like(rows)
+        if any(ranks[i]):
+            R = _factor(G[i, : stop - start, : stop - start])
+            for _ in range(SWEEPS if coupled and len(spans) > 1 else 1):
+                for j, (a, b) in enumerate(spans):
+                    if not ranks[i][j]:
+                        continue
+                    target, block = rows[:, a:b], H[a:b, a:b]
+                    if coupled and len(spans) > 1:
+                        others = (rows - S).at[:, a:b].set(0.0)
+                        target = _coupled_target(others, H[:, a:b], factors[j], target)
+                    width = next(width for width in WIDTHS if width >= ranks[i][j])
+                    found, part = _fit_tile(target, block, factors[j], R, ranks[i][j], width)
+                    row[j], S = found.cut(ranks[i][j]), S.at[:, a:b].set(part)
+        stored.append(row)
+        restored.append(S)
+    return stored, jnp.concatenate(restored)
 
 
-@functools.partial(jax.jit, static_argnames=("columns", "width"))
+def _none(rows: Float[Array, "m k"], spans: Sequence[tuple[int, int]]) -> list[TileFactors]:
+    """Factors of rank 0."""
+    empty = [np.zeros((0, b - a), np.int8) for a, b in spans]
+    return [TileFactors(np.zeros((len(rows), 0), np.int8), v, np.zeros(0, np.float16)) for v in empty]
+
+
 def rank_gains(
     E: Float[Array, "n k"], H: Float[Array, "k k"], G: Float[Array, "t m m"], columns: int, width: int
-) -> Float[Array, "t j w"]:
+) -> Float[np.ndarray, "t j {width}"]:
     """½ σ² of the leading singular values of Rᵀ E L in each tile, falling: the nats that each rank is
-    predicted to gain."""
-    n, k = E.shape
-    tiles, height = G.shape[0], G.shape[1]
-    padded = jnp.pad(E, ((0, tiles * height - n), (0, 0))).reshape(tiles, height, k)
-    R = jax.lax.map(lambda block: damped_cholesky(block, FACTOR_DAMPING), G)
-    gains = []
-    for a, b in tile_spans(k, columns):
-        L = damped_cholesky(H[a:b, a:b], FACTOR_DAMPING)
-        weighted = jnp.matmul(R.mT, jnp.matmul(padded[:, :, a:b], L, precision=HIGHEST), precision=HIGHEST)
-        gains.append(jax.lax.map(lambda A: 0.5 * jnp.sum(low_rank(A, width)[1] ** 2, axis=-1), weighted))
-    return jnp.stack(gains, axis=1)
+    predicted to gain, G = R Rᵀ and H = L Lᵀ. Found as eigenvalues of Rᵀ E H Eᵀ R."""
+    gains = [
+        [
+            _tile_gains(E[start:stop, a:b], H[a:b, a:b], G[i, : stop - start, : stop - start], width)
+            for a, b in tile_spans(E.shape[1], columns)
+        ]
+        for i, (start, stop) in enumerate(tile_spans(E.shape[0], G.shape[1]))
+    ]
+    return np.array(jax.device_get(gains))
+
+
+@functools.partial(jax.jit, static_argnames="width")
+def _tile_gains(
+    E: Float[Array, "m c"], H: Float[Array, "c c"], G: Float[Array, "m m"], width: int
+) -> Float[Array, "{width}"]:
+    R = damped_cholesky(G, FACTOR_DAMPING)
+    damped = H + FACTOR_DAMPING * jnp.mean(jnp.diagonal(H)) * jnp.eye(len(H))
+    right = jnp.matmul(R.T, E, precision=HIGHEST)
+    gram = jnp.matmul(jnp.matmul(right, damped, precision=HIGHEST), right.T, precision=HIGHEST)
+    leading = 0.5 * jnp.maximum(jnp.linalg.eigvalsh(gram)[::-1][:width], 0.0)
+    return jnp.pad(leading, (0, width - len(leading)))
 
 
 def to_sidecar(
-    factors: TileFactors, shape: tuple[int, int], tile: tuple[int, int], ranks: tuple[tuple[int, ...], ...]
+    factors: Sequence[Sequence[TileFactors]], shape: tuple[int, int], tile: tuple[int, int]
 ) -> Sidecar:
-    """Cut every tile's factors to its rank and lay them out as stored."""
-    u, scale = np.asarray(factors.u), np.asarray(factors.scale)
-    v = [np.asarray(part) for part in factors.v]
-    us, vs, scales = [], [], []
-    for i, ((start, stop), row) in enumerate(zip(tile_spans(shape[0], tile[0]), ranks, strict=True)):
-        cut = [u[i, : stop - start, j, :rank] for j, rank in enumerate(row)]
-        us.append(np.concatenate(cut, axis=1).reshape(-1))
-        vs += [v[j][i, :rank].reshape(-1) for j, rank in enumerate(row)]
-        scales += [scale[i, j, :rank] for j, rank in enumerate(row)]
+    """Lay the factors of every tile out as stored."""
+    in_order = [each for row in factors for each in row]
+
+    def joined(parts: Sequence[Array | np.ndarray]) -> Array:
+        return jnp.asarray(np.concatenate([np.asarray(part).reshape(-1) for part in parts]))
+
     return Sidecar(
-        u=jnp.asarray(np.concatenate(us)),
-        v=jnp.asarray(np.concatenate(vs)),
-        scale=jnp.asarray(np.concatenate(scales)),
+        u=joined([np.concatenate([each.u for each in row], axis=1) for row in factors]),
+        v=joined([each.v for each in in_order]),
+        scale=joined([each.scale for each in in_order]),
         shape=shape,
         tile=tile,
-        ranks=ranks,
+        ranks=tuple(tuple(len(each.scale) for each in row) for row in factors),
     )

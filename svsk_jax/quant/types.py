@@ -155,7 +155,7 @@ STRONG = QuantConfig(
     fisher_share=0.5,
     moment_shrinkage=0.05,
     sensitivity_shrinkage=0.1,
-    joint_rounds=2,
+    joint_rounds=1,
 )
 
 RECIPES: dict[str, QuantConfig] = {

@@ -235,8 +235,10 @@ def test_interrupt_leaves_nothing(checkpoint, tmp_path):
         "32",
     ]
     # A test run in the background inherits an ignored SIGINT, which a child would go on ignoring.
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, inherited)
+    with process:
         while process.poll() is None and not list(tmp_path.iterdir()):
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)

@@ -30,47 +30,48 @@ def identities(G):
 def test_full_beats_diagonal_beats_none_in_the_inputs_metric(case):
     E, H, G = case
     plain = identities(G)
-    _, full = fit_tiles(E, H, plain, jnp.full((2, 1), 4), 0, 8)
+    _, full = fit_tiles(E, H, plain, [[4], [4]], 0)
     diagonal = dequantize_sidecar(fit_diagonal(E, jnp.diagonal(H), (20, 0), 4))
     assert nats(E - full, H, plain) < nats(E - diagonal, H, plain) < nats(E, H, plain)
 
 
 def test_fisher_beats_full_in_the_fisher_metric(case):
     E, H, G = case
-    ranks = jnp.full((2, 1), 4)
-    _, fisher = fit_tiles(E, H, G, ranks, 0, 8)
-    _, full = fit_tiles(E, H, identities(G), ranks, 0, 8)
+    ranks = [[4], [4]]
+    _, fisher = fit_tiles(E, H, G, ranks, 0)
+    _, full = fit_tiles(E, H, identities(G), ranks, 0)
     assert nats(E - fisher, H, G) < nats(E - full, H, G)
     assert nats(E - full, H, identities(G)) < nats(E - fisher, H, identities(G))
 
 
 def test_coupled_tiles_beat_uncoupled_ones(case):
     E, H, G = case
-    ranks = jnp.full((2, 3), 3)
-    _, coupled = fit_tiles(E, H, G, ranks, 20, 8, coupled=True)
-    _, alone = fit_tiles(E, H, G, ranks, 20, 8, coupled=False)
+    ranks = [[3] * 3] * 2
+    _, coupled = fit_tiles(E, H, G, ranks, 20, coupled=True)
+    _, alone = fit_tiles(E, H, G, ranks, 20, coupled=False)
     assert nats(E - coupled, H, G) < nats(E - alone, H, G)
 
 
 @pytest.mark.parametrize("ranks", [((3, 0, 5), (0, 8, 1)), ((0, 0, 0), (0, 0, 2))])
 def test_what_is_returned_is_what_is_stored(case, ranks):
     E, H, G = case
-    factors, S = fit_tiles(E[:33], H, G, jnp.asarray(ranks), 20, 8)
-    sidecar = to_sidecar(factors, (33, 48), (20, 20), ranks)
+    factors, S = fit_tiles(E[:33], H, G, ranks, 20)
+    sidecar = to_sidecar(factors, (33, 48), (20, 20))
+    assert sidecar.ranks == ranks
     np.testing.assert_allclose(dequantize_sidecar(sidecar), S, rtol=1e-5, atol=1e-6)
 
 
 def test_gains_are_what_ranks_save(case):
     E, H, G = case
     gains = rank_gains(E, H, G, 0, 16)
-    assert (jnp.diff(gains, axis=-1) <= 1e-6 * gains.max()).all()
+    assert (np.diff(gains, axis=-1) <= 1e-6 * gains.max()).all()
     for rank in (2, 8):
-        _, S = fit_tiles(E, H, G, jnp.full((2, 1), rank), 0, 8)
+        _, S = fit_tiles(E, H, G, [[rank], [rank]], 0)
         saved = nats(E, H, G) - nats(E - S, H, G)
         np.testing.assert_allclose(saved, gains[..., :rank].sum(), rtol=0.02)
 
 
 def test_a_rank_as_large_as_the_tile_leaves_only_rounding(case):
     E, H, G = case
-    _, S = fit_tiles(E, H, G, jnp.full((2, 1), 20), 0, 32)
+    _, S = fit_tiles(E, H, G, [[20], [20]], 0)
     assert nats(E - S, H, G) < 1e-3 * nats(E, H, G)
