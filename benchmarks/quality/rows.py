@@ -22,6 +22,9 @@ from svsk_jax.calibration.store import Statistics
 from svsk_jax.model.config import ModelConfig
 from svsk_jax.model.linear import to_dense
 from svsk_jax.model.parameters import LINEAR_INPUTS, QUANTIZED_LINEARS
+from svsk_jax.quant.codebook import LINEAR, decode
+from svsk_jax.quant.error_feedback import feedback
+from svsk_jax.quant.metric import inverse_factor
 from svsk_jax.quant.types import InputMoment
 from svsk_jax.storage.atomic import output_folder, write_json
 from svsk_jax.storage.checkpoint import SavedModel
@@ -58,6 +61,7 @@ def registry(config: ModelConfig) -> dict[str, Quantizer]:
         rows[mix] = partial(_mix, config, mix, False)
     for group in (32, 64):
         rows[f"RTN-g{group}"] = partial(_round_to_nearest, group)
+    rows["GPTQ-g128"] = partial(_gptq, 128)
     return rows
 
 
@@ -75,18 +79,36 @@ def _mix(
     return quantizers().quantize(W, kind, np.asarray(moment.diagonal) if importance else None)
 
 
-def _round_to_nearest(group: int, path: str, W: np.ndarray, moment: InputMoment) -> Restored:
-    """Codes -8 … 7 with an f16 step of max |w| / 7.5 for each group along K; the last group may be shorter.
+def _flat_scales(W: np.ndarray, group: int) -> tuple[np.ndarray, int]:
+    """max |w| / 7.5 of each group along K, rounded to f16, for each weight [N, K]; and the bytes of codes and
+    scales. The last group may be shorter.
 
     Source: the symmetric grid in the code of Frantar et al., "GPTQ" (2022).
     """
     rows, columns = W.shape
     groups = -(-columns // group)
     grouped = np.pad(W, ((0, 0), (0, groups * group - columns))).reshape(rows, groups, group)
-    scales = (np.abs(grouped).max(axis=2, keepdims=True) / 7.5).astype(np.float16).astype(np.float32)
-    codes = np.clip(np.rint(grouped / np.where(scales > 0, scales, 1)), -8, 7)
-    values = (codes * scales).reshape(rows, -1)[:, :columns]
-    return Restored(values=values, nbytes=rows * (-(-columns // 2) + 2 * groups))
+    scales = (np.abs(grouped).max(axis=2) / 7.5).astype(np.float16).astype(np.float32)
+    return np.repeat(scales, group, axis=1)[:, :columns], rows * (-(-columns // 2) + 2 * groups)
+
+
+def _round_to_nearest(group: int, path: str, W: np.ndarray, moment: InputMoment) -> Restored:
+    """Codes -8 … 7, each weight to its nearest."""
+    scales, nbytes = _flat_scales(W, group)
+    codes = np.clip(np.rint(W / np.where(scales > 0, scales, 1)), -8, 7)
+    return Restored(values=codes * scales, nbytes=nbytes)
+
+
+def _gptq(group: int, path: str, W: np.ndarray, moment: InputMoment) -> Restored:
+    """Codes -8 … 7 by error feedback, columns by falling activation; the scales are those of rounding to
+    nearest ("static groups"). H is damped by 1 % of its mean diagonal.
+
+    Source: Frantar et al., "GPTQ" (2022).
+    """
+    scales, nbytes = _flat_scales(W, group)
+    level = jnp.asarray(LINEAR, jnp.float32)
+    codes = feedback(jnp.asarray(W), jnp.asarray(scales), level, inverse_factor(moment.mean, 0.01))
+    return Restored(values=np.asarray(scales * decode(codes, level)), nbytes=nbytes)
 
 
 def quantize_rows(

@@ -23,12 +23,9 @@ def shrink_to_diagonal(H: Float[Array, "*b k k"], amount: float | jax.Array) -> 
     return H * (1 - amount * (1 - eye))
 
 
-def shrink_to_identity(
-    G: Float[Array, "*b n n"], amount: float | jax.Array, size: jax.Array | None = None
-) -> jax.Array:
-    """(1 - amount) G + amount m I, m the mean of its first `size` diagonal entries (default all)."""
-    diagonal = jnp.diagonal(G, axis1=-2, axis2=-1)
-    mean = jnp.sum(diagonal, axis=-1) / (G.shape[-1] if size is None else size)
+def shrink_to_identity(G: Float[Array, "*b n n"], amount: float | jax.Array) -> Float[Array, "*b n n"]:
+    """(1 - amount) G + amount m I, m the mean of its diagonal."""
+    mean = jnp.mean(jnp.diagonal(G, axis1=-2, axis2=-1), axis=-1)
     return (1 - amount) * G + amount * mean[..., None, None] * jnp.eye(G.shape[-1], dtype=G.dtype)
 
 
