@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
@@ -77,20 +78,24 @@ class Choices:
 def measure_options(
     W: Array, metrics: tuple[InputMetric, OutputMetric], config: QuantConfig, choices: Choices
 ) -> list[Option]:
-    """Round the base of one linear each way, and see what each rank of a sidecar would gain. W f32 [N, K]."""
+    """Round the base of one linear each way, and see what each rank of a sidecar would gain. W f32 [N, K].
+
+    The gains of the first base are measured; those of the others are taken to be as much larger or smaller
+    as their errors are, which eigenvalues bear out within 5 % from four ranks on.
+    """
     inputs, outputs = metrics
     shape = (W.shape[0], W.shape[1])
-    options = []
+    options: list[Option] = []
+    gains: dict[TileShape, np.ndarray] = {}
     for group, coefficients in itertools.product(choices.groups, choices.coefficients):
         pair = jnp.asarray(LINEAR if coefficients is None else coefficients, jnp.float16)
         base = quantize_base(W, inputs, outputs, pair.astype(jnp.float32), group, config)
         residual = W - base.dense
         cost = float(nats(residual, inputs.H, outputs.G))
         for tile in choices.tiles:
-            # In the unit of `cost`, whatever metric the sidecar will be fitted in.
-            G = tile_blocks(outputs.G, min(tile.rows, shape[0]), shape[0])
-            narrowest = min(b - a for a, b in tile_spans(shape[1], tile.columns))
-            width = min(MAX_RANK, G.shape[1], narrowest)
+            if tile not in gains:
+                gains[tile] = _gains(residual, inputs, outputs, tile)
+            first = options[0].nats if options else cost
             options.append(
                 Option(
                     group=group,
@@ -101,10 +106,19 @@ def measure_options(
                         shape, group, config.scales, "linear" if coefficients is None else "companded"
                     ),
                     nats=cost,
-                    gains=rank_gains(residual, inputs.H, G, tile.columns, width),
+                    gains=gains[tile] * (cost / first if first > 0 else 1.0),
                 )
             )
     return options
+
+
+def _gains(residual: Array, inputs: InputMetric, outputs: OutputMetric, tile: TileShape) -> np.ndarray:
+    """What each rank of each tile would gain, in the unit of `nats`, whatever metric the sidecar will be
+    fitted in."""
+    n, k = residual.shape
+    G = tile_blocks(outputs.G, min(tile.rows, n), n)
+    narrowest = min(b - a for a, b in tile_spans(k, tile.columns))
+    return rank_gains(residual, inputs.H, G, tile.columns, min(MAX_RANK, G.shape[1], narrowest))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -190,8 +204,10 @@ def plan_model(
     """Group size and ranks of every linear, by predicted nats per byte over the whole model."""
     if config.bits is None:
         return Plan(recipe=recipe, config=config, tensors=fixed_plans(source, config))
-    # Feedback across rows costs as much time again, and helps all options about alike.
-    measured = dataclasses.replace(config, feedback="columns") if config.feedback == "both" else config
+    # Feedback across rows and over several beams costs time, and helps all options about alike.
+    measured = dataclasses.replace(config, beam_width=1)
+    if config.feedback == "both":
+        measured = dataclasses.replace(measured, feedback="columns")
     options: dict[str, list[Option]] = {}
     layers = source.config.num_layers
     for index in range(layers):

@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
+from svsk_jax.quant import beam_search
 from svsk_jax.quant.codebook import decode, round_to_level
 from svsk_jax.quant.metric import HIGHEST, band_blocks, bands
 
 COLUMN_BLOCK = 64
+BEAM_BLOCK = 32
+"""Columns between updates of all later ones, where several beams are followed."""
 
 
 def pad_square(U: Float[Array, "*b n n"], size: int) -> jax.Array:
@@ -21,11 +24,17 @@ def pad_square(U: Float[Array, "*b n n"], size: int) -> jax.Array:
 
 
 def _round_columns(
-    W: Float[Array, "k r"], scales: Float[Array, "k r"], U: Float[Array, "k k"], coefficients: jax.Array
+    W: Float[Array, "k r"],
+    scales: Float[Array, "k r"],
+    U: Float[Array, "k k"],
+    coefficients: jax.Array,
+    beam_width: int,
 ) -> UInt8[Array, "k r"]:
     """Codes of Wᵀ, rounded from the first row of W (a column of the matrix) to the last; K a multiple of the
     block."""
     k, rows = W.shape
+    if beam_width > 1:
+        return beam_search.round_columns(W, scales, U, coefficients, beam_width, BEAM_BLOCK)
 
     def round_block(W, start):
         w = jax.lax.dynamic_slice(W, (start, 0), (COLUMN_BLOCK, rows))
@@ -65,6 +74,7 @@ def _round_tiles(
     order: Int[Array, "t m"],
     factor: Float[Array, "t m m"],
     row_block: int,
+    beam_width: int,
 ) -> UInt8[Array, "k t m"]:
     """Codes of Wᵀ in tiles of m rows, each rounded block by block of rows in its order; K in rounding
     order."""
@@ -81,7 +91,8 @@ def _round_tiles(
         w = jax.lax.dynamic_slice_in_dim(W, start, row_block, axis=2)
         s = jax.lax.dynamic_slice_in_dim(ordered_scales, start, row_block, axis=2)
         flat = (k, tiles * row_block)
-        codes = _round_columns(w.reshape(flat), s.reshape(flat), U, coefficients).reshape(w.shape)
+        codes = _round_columns(w.reshape(flat), s.reshape(flat), U, coefficients, beam_width)
+        codes = codes.reshape(w.shape)
         error = w - s * decode(codes, coefficients)
         right = jax.lax.dynamic_slice_in_dim(factor, start, row_block, axis=1)
         later = jnp.where(jnp.arange(size) >= start + row_block, right, 0.0)
@@ -107,7 +118,7 @@ def _by_row(codes: UInt8[Array, "padded n"], order: Int[Array, "k"]) -> UInt8[Ar
     return jnp.zeros((codes.shape[1], k), jnp.uint8).at[:, order].set(codes[:k].T)
 
 
-@partial(jax.jit, static_argnames="row_block")
+@partial(jax.jit, static_argnames=("row_block", "beam_width"))
 def _round_band(
     W: Float[Array, "n k"],
     scales: Float[Array, "n k"],
@@ -115,6 +126,7 @@ def _round_band(
     columns: tuple[jax.Array, jax.Array],
     rows: tuple[jax.Array, jax.Array] | None,
     row_block: int,
+    beam_width: int,
 ) -> UInt8[Array, "n k"]:
     """`feedback` for tiles of one height, none of them padded."""
     order, U = columns
@@ -122,9 +134,9 @@ def _round_band(
     U = pad_square(U, padded)
     w, s = (_by_column(x, order, padded) for x in (W, scales))
     if rows is None:
-        return _by_row(_round_columns(w, s, U, coefficients), order)
+        return _by_row(_round_columns(w, s, U, coefficients, beam_width), order)
     tiled = (padded, *rows[0].shape)
-    codes = _round_tiles(w.reshape(tiled), s.reshape(tiled), U, coefficients, *rows, row_block)
+    codes = _round_tiles(w.reshape(tiled), s.reshape(tiled), U, coefficients, *rows, row_block, beam_width)
     return _by_row(codes.reshape(padded, -1), order)
 
 
@@ -135,6 +147,7 @@ def feedback(
     columns: tuple[Int[Array, "k"], Float[Array, "k k"]],
     rows: tuple[Int[Array, "t m"], Float[Array, "t m m"]] | None = None,
     row_block: int = 32,
+    beam_width: int = 1,
 ) -> UInt8[Array, "n k"]:
     """Codes that keep tr(G E H Eᵀ) small, E = W - scale · level(code), with scales fixed.
 
@@ -152,6 +165,7 @@ def feedback(
         rows: likewise for each tile of m rows, from the diagonal blocks of G, as in
             `joint.OutputMetric`; N ≤ t·m, tiles in order. None for G = I.
         row_block: rows rounded together.
+        beam_width: roundings of each row that are followed over its columns (`beam_search`).
 
     Returns:
         Codes 0..15, uint8 [N, K].
@@ -160,7 +174,7 @@ def feedback(
     "Model-Preserving Adaptive Rounding" (2025).
     """
     if rows is None:
-        return _round_band(W, scales, coefficients, columns, None, row_block)
+        return _round_band(W, scales, coefficients, columns, None, row_block, beam_width)
     order, factor = rows
     parts = []
     # A compiled function for each height of tiles, not for each matrix.
@@ -169,5 +183,5 @@ def feedback(
         inside = slice(first, first + tiles * size)
         within = (order[first // order.shape[1] :, :size][:tiles], band_blocks(factor, band))
         block = min(row_block, size)
-        parts.append(_round_band(W[inside], scales[inside], coefficients, columns, within, block))
+        parts.append(_round_band(W[inside], scales[inside], coefficients, columns, within, block, beam_width))
     return jnp.concatenate(parts)

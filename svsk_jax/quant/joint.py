@@ -1,6 +1,7 @@
 """Quantize one linear by the strong method: base by error feedback, sidecar fitted to what is left, and
 again."""
 
+import dataclasses
 from functools import partial
 from typing import NamedTuple
 
@@ -134,7 +135,8 @@ def quantize_base(
             if outputs.order is None or outputs.factor is None:
                 raise ValueError("feedback across rows needs an output metric made for it")
             rows = (outputs.order, outputs.factor)
-        codes = feedback(W, scales, coefficients, (inputs.order, inputs.factor), rows)
+        columns = (inputs.order, inputs.factor)
+        codes = feedback(W, scales, coefficients, columns, rows, beam_width=config.beam_width)
     return Base(codes, integers, super_scales, _restore(codes, scales, coefficients))
 
 
@@ -191,22 +193,26 @@ def quantize_joint(
     W: Float[Array, "n k"], inputs: InputMetric, outputs: OutputMetric, plan: TensorPlan, config: QuantConfig
 ) -> Quantized:
     """Q ← base(W); then S ← fit(W - Q), and for each joint round Q ← base(W - S), S ← fit(W - Q); the best
-    (Q, S) in tr(G E H Eᵀ), as stored, is kept.
+    (Q, S) in tr(G E H Eᵀ), as stored, is kept. Several beams are followed in the last round alone.
 
     A pure function: the same input gives the same bytes.
     """
     pair = LINEAR if plan.coefficients is None else plan.coefficients
     stored = jnp.asarray(pair, jnp.float16)
     coefficients = stored.astype(jnp.float32)
-    base = quantize_base(W, inputs, outputs, coefficients, plan.group, config)
+    rounds = config.joint_rounds if plan.has_sidecar else 0
+    # Only what is kept need be rounded with all care.
+    draft = dataclasses.replace(config, beam_width=1) if rounds else config
+    base = quantize_base(W, inputs, outputs, coefficients, plan.group, draft)
     base_nats = nats(W - base.dense, inputs.H, outputs.G)
     best = (base_nats, base, None, base.dense)
     if plan.has_sidecar:
         G = tile_blocks(fit_metric(outputs, config), min(plan.tile.rows, W.shape[0]), W.shape[0])
         best = (jnp.inf, base, None, base.dense)
-        for turn in range(1 + config.joint_rounds):
+        for turn in range(1 + rounds):
             if turn:
-                base = quantize_base(W - S, inputs, outputs, coefficients, plan.group, config)
+                careful = config if turn == rounds else draft
+                base = quantize_base(W - S, inputs, outputs, coefficients, plan.group, careful)
             factors, S = fit_tiles(W - base.dense, inputs.H, G, plan.ranks, plan.tile.columns)
             cost = nats(W - base.dense - S, inputs.H, outputs.G)
             if cost < best[0]:

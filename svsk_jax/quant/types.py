@@ -82,6 +82,8 @@ class QuantConfig:
     """Cost of an error in the scale search: h, or h √(2 mean(w²) + w²)."""
     feedback: Literal["none", "columns", "both"] = "none"
     """Error feedback over the columns of a row, or over its columns and the rows of a tile."""
+    beam_width: int = 1
+    """Roundings of a row that error feedback follows at once; the cheapest is kept."""
     metric: Literal["diagonal", "full", "fisher"] = "diagonal"
     """What the sidecar minimises: the error under the inputs' mean squares, under their second moments, or
     under these and the model's sensitivity to the output."""
@@ -119,6 +121,11 @@ class QuantConfig:
                 f"QuantConfig.tile: the fisher metric takes tiles of at most {SENSITIVITY_TILE} rows, got "
                 f"{self.tile.rows}"
             )
+        if self.beam_width < 1 or self.joint_rounds < 0:
+            raise ValueError(
+                f"QuantConfig: expected beam_width at least 1 and joint_rounds at least 0, got "
+                f"{self.beam_width} and {self.joint_rounds}"
+            )
         for name in ("fisher_share", "moment_shrinkage", "sensitivity_shrinkage"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"QuantConfig.{name}: expected 0 to 1, got {getattr(self, name)}")
@@ -151,6 +158,7 @@ STRONG = QuantConfig(
     tile=TileShape(rows=512, columns=0),
     importance="imatrix",
     feedback="both",
+    beam_width=4,
     metric="fisher",
     fisher_share=0.5,
     moment_shrinkage=0.05,
