@@ -1,5 +1,7 @@
 """The XLA implementation: the definition of the answer, and what runs where no kernel does."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -14,6 +16,9 @@ from pallas_kernels.svsk_matmul.types import (
     Sidecar,
     SVSKWeight,
 )
+
+Factors = Sequence[Sequence[tuple[Float[Array, "_ _"], Float[Array, "_ _"]]]]
+"""U [rows, rank] and V [rank, columns] of each tile, by row tile, then column tile."""
 
 
 def group_scales(weight: SVSKWeight) -> Float[Array, "n g"]:
@@ -33,10 +38,8 @@ def dequantize_base(weight: SVSKWeight) -> Float[Array, "n k"]:
     )
 
 
-def dequantize_sidecar(sidecar: Sidecar) -> Float[Array, "n k"]:
-    """The correction S as a dense f32 [N, K] matrix."""
-    if len({rank for row in sidecar.ranks for rank in row}) == 1:
-        return _equal_rank_sidecar(sidecar)
+def sidecar_factors(sidecar: Sidecar) -> Factors:
+    """U diag(scale / 2¹⁴) and V of each tile, f32."""
     u_at = v_at = s_at = 0
     rows = []
     for (row_start, row_stop), ranks in zip(sidecar.row_spans, sidecar.ranks, strict=True):
@@ -48,9 +51,22 @@ def dequantize_sidecar(sidecar: Sidecar) -> Float[Array, "n k"]:
         for (start, stop), rank in zip(sidecar.column_spans, ranks, strict=True):
             size = rank * (stop - start)
             v = sidecar.v[v_at : v_at + size].reshape(rank, stop - start).astype(jnp.float32)
-            tiles.append(_product(u[:, column : column + rank], v))
+            tiles.append((u[:, column : column + rank], v))
             v_at, column = v_at + size, column + rank
-        rows.append(jnp.concatenate(tiles, axis=1))
+        rows.append(tiles)
+    return rows
+
+
+def dequantize_sidecar(sidecar: Sidecar) -> Float[Array, "n k"]:
+    """The correction S as a dense f32 [N, K] matrix."""
+    if len({rank for row in sidecar.ranks for rank in row}) == 1:
+        return _equal_rank_sidecar(sidecar)
+    return multiply_factors(sidecar_factors(sidecar))
+
+
+def multiply_factors(factors: Factors) -> Float[Array, "n k"]:
+    """The dense matrix of tiles U V, f32."""
+    rows = [jnp.concatenate([_product(u, v) for u, v in row], axis=1) for row in factors]
     return jnp.concatenate(rows, axis=0)
 
 

@@ -1,5 +1,5 @@
-"""Statistics on disk: two safetensors files per decoder layer and a calibration.json, reusable across
-recipes."""
+"""Statistics on disk: two safetensors files per decoder layer, the tokens and a calibration.json, reusable
+across recipes."""
 
 import dataclasses
 import json
@@ -18,7 +18,8 @@ from svsk_jax.quant.types import InputMoment, OutputSensitivity
 from svsk_jax.storage.atomic import write_json
 
 MANIFEST = "calibration.json"
-FORMAT = 2
+TOKENS = "tokens.safetensors"
+FORMAT = 3
 WEIGHTED = "weighted."
 
 
@@ -28,6 +29,11 @@ def _moments_file(folder: Path, index: int) -> Path:
 
 def _sensitivity_file(folder: Path, index: int) -> Path:
     return folder / f"fisher-{index:05d}.safetensors"
+
+
+def write_tokens(folder: Path, ids: np.ndarray) -> None:
+    """Store the chunks of tokens, int32 [chunks, length]."""
+    save_file({"ids": np.ascontiguousarray(ids, np.int32)}, folder / TOKENS)
 
 
 def write_moments(folder: Path, index: int, moments: Moments) -> None:
@@ -112,6 +118,10 @@ class Statistics:
     def has_sensitivity(self) -> bool:
         """Whether the Fisher pass was run."""
         return self.manifest["text"]["fisher_chunks"] > 0
+
+    def tokens(self) -> np.ndarray:
+        """The chunks of tokens that were measured on, int32 [chunks, length]."""
+        return _read(self.folder / TOKENS)["ids"]
 
     def layer(self, index: int) -> Moments:
         """Moments of one layer."""

@@ -48,6 +48,7 @@ def calibrate(
         refuse_packed(source, outer)
         watch.lap("load")
         chunks = calibration_chunks(source, calibration, dtype)
+        store.write_tokens(folder, chunks.ids)
         watch.lap("text")
         layers = source.config.num_layers
 

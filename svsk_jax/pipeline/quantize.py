@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from pallas_kernels.svsk_matmul import Int8Weight
 from pallas_kernels.svsk_matmul.reference import dequantize
 from svsk_jax.calibration.config import CalibrationConfig
+from svsk_jax.calibration.statistics import Moments
 from svsk_jax.calibration.store import Statistics
 from svsk_jax.model.parameters import LINEAR_INPUTS, QUANTIZED_LINEARS, parameter_shapes
 from svsk_jax.model.source import ModelSource
@@ -20,6 +21,7 @@ from svsk_jax.pipeline.calibrate import calibrate
 from svsk_jax.pipeline.checks import default_dtype, refuse_packed, require_space
 from svsk_jax.pipeline.metadata import origin
 from svsk_jax.pipeline.plan import Plan, layer_metrics, plan_model
+from svsk_jax.pipeline.polish import polish
 from svsk_jax.pipeline.progress import OnProgress, Progress, Stopwatch, geometric_mean
 from svsk_jax.quant.budget import Budget, predict
 from svsk_jax.quant.error import layer_error
@@ -44,7 +46,7 @@ class QuantizeResult:
     """Layer error of each decoder linear by path."""
     predicted_nats: float | None
     """Predicted KL divergence per token of the decoder linears' errors together, where sensitivities are
-    known."""
+    known; before any polish."""
     seconds: dict[str, float]
     """Wall time of each stage."""
 
@@ -127,12 +129,16 @@ def quantize(
             watch.lap("plan")
             errors: dict[str, float] = {}
             predicted, linear_bytes = 0.0, 0
+            held_back: list[dict[str, Any]] = []
             for index in range(source.config.num_layers):
                 parameters = source.layer(index, dtype)
                 watch.lap("load")
                 stored, layer_errors, layer_nats = _quantize_layer(parameters, statistics, index, plan)
                 watch.lap("quantize")
-                writer.layer(index, stored, layer_errors)
+                if settings.polish:
+                    held_back.append(stored)
+                else:
+                    writer.layer(index, stored, layer_errors)
                 watch.lap("write")
                 errors |= {f"layers.{index}.{name}": error for name, error in layer_errors.items()}
                 predicted += layer_nats
@@ -142,6 +148,13 @@ def quantize(
                     mean = geometric_mean(list(errors.values()))
                     layers = source.config.num_layers
                     on_progress(Progress(stage="quantize", layer=index + 1, layers=layers, error=mean))
+            if settings.polish:
+                polished = polish(source, held_back, statistics.tokens(), settings.polish, dtype, on_progress)
+                for index, stored in enumerate(polished):
+                    layer_errors = _layer_errors(source.layer(index, dtype), stored, statistics.layer(index))
+                    errors |= {f"layers.{index}.{name}": error for name, error in layer_errors.items()}
+                    writer.layer(index, stored, layer_errors)
+                watch.lap("polish")
             actual = dataclasses.replace(budget, linear_bytes=linear_bytes, total_bytes=stored_bytes)
             metadata = {
                 "recipe": recipe,
@@ -217,6 +230,22 @@ def _quantize_layer(
             restored = dequantize(stored[path])
         errors[name] = float(layer_error(dense, restored, moment))
     return stored, errors, predicted
+
+
+def _layer_errors(
+    parameters: Mapping[str, Any], stored: Mapping[str, Any], moments: Moments
+) -> dict[str, float]:
+    """The layer error of each linear of a stored layer."""
+    return {
+        name: float(
+            layer_error(
+                jnp.asarray(parameters[f"{name}.weight"], jnp.float32),
+                dequantize(stored[f"{name}.weight"]),
+                moments[LINEAR_INPUTS[name]],
+            )
+        )
+        for name in QUANTIZED_LINEARS
+    }
 
 
 def quantize_embedding(W: Any) -> Int8Weight:

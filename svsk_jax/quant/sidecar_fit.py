@@ -45,6 +45,23 @@ def _rows_to_int8(V: Float[Array, "r c"]) -> tuple[Int8[Array, "r c"], Float[Arr
     return values.astype(jnp.int8), step
 
 
+def round_left(U: Float[Array, "m r"]) -> tuple[Int8[Array, "m r"], Float[Array, "r"]]:
+    """int8 columns of U, which multiplies an int8 V, and the f16 scale of each."""
+    _, step = _rows_to_int8(U.T)
+    scale = jnp.clip(step / SIDECAR_UNIT, 0, 65504).astype(jnp.float16)
+    # Rounded to the step as f16 holds it.
+    steps = scale.astype(jnp.float32) * SIDECAR_UNIT
+    return jnp.clip(jnp.round(U / jnp.where(steps == 0, 1.0, steps)), -127, 127).astype(jnp.int8), scale
+
+
+@jax.jit
+def round_factors(U: Float[Array, "m r"], V: Float[Array, "r c"]) -> TileFactors:
+    """The stored form of S = U V, each factor rounded by itself."""
+    v, step = _rows_to_int8(V)
+    u, scale = round_left(U * step)
+    return TileFactors(u, v, scale)
+
+
 @functools.partial(jax.jit, static_argnames="width")
 def _fit_tile(
     E: Float[Array, "m c"],
@@ -72,11 +89,8 @@ def _fit_tile(
     cross = jnp.matmul(E, right.T, precision=HIGHEST) / size
     factor = jax.scipy.linalg.cho_factor(normal, lower=True)
     U = jnp.where(alive, jax.scipy.linalg.cho_solve(factor, cross.T).T / size, 0.0)
-    u, u_step = _rows_to_int8(U.T)
-    scale = jnp.clip(u_step / SIDECAR_UNIT, 0, 65504).astype(jnp.float16)
+    u, scale = round_left(U)
     steps = scale.astype(jnp.float32) * SIDECAR_UNIT
-    # Rounding once more to the step as f16 holds it.
-    u = jnp.clip(jnp.round(U.T / jnp.where(steps == 0, 1.0, steps)[:, None]), -127, 127).astype(jnp.int8).T
     S = jnp.matmul(u.astype(jnp.float32) * steps, stored, precision=HIGHEST)
     return TileFactors(u, v, scale), S
 

@@ -97,6 +97,9 @@ class QuantConfig:
     """Share by which G is drawn towards a multiple of the identity."""
     joint_rounds: int = 0
     """Rounds of rounding W minus the sidecar, then fitting the sidecar again."""
+    polish: int = 0
+    """Steps of training the continuous numbers (super-scales, codebook, sidecar) on the calibration text
+    until the whole model predicts like the original; meant for an accelerator."""
     embedding: Literal["int8", "bfloat16"] = "int8"
     """How embedding and head are stored: int8 with an f16 scale per 64 columns, or unquantized bfloat16."""
 
@@ -111,20 +114,21 @@ class QuantConfig:
             or self.metric != "diagonal"
             or self.bits is not None
             or len(self.groups) != 1
+            or self.polish
         ):
             raise ValueError(
                 "QuantConfig: flat scales go with the published method alone (linear codebook, one group "
-                "size, no feedback, diagonal metric, no budget); use two_level scales"
+                "size, no feedback, diagonal metric, no budget, no polish); use two_level scales"
             )
         if self.tile.rows > SENSITIVITY_TILE and self.metric == "fisher":
             raise ValueError(
                 f"QuantConfig.tile: the fisher metric takes tiles of at most {SENSITIVITY_TILE} rows, got "
                 f"{self.tile.rows}"
             )
-        if self.beam_width < 1 or self.joint_rounds < 0:
+        if self.beam_width < 1 or self.joint_rounds < 0 or self.polish < 0:
             raise ValueError(
-                f"QuantConfig: expected beam_width at least 1 and joint_rounds at least 0, got "
-                f"{self.beam_width} and {self.joint_rounds}"
+                "QuantConfig: expected beam_width at least 1, joint_rounds and polish at least 0, got "
+                f"{self.beam_width}, {self.joint_rounds} and {self.polish}"
             )
         for name in ("fisher_share", "moment_shrinkage", "sensitivity_shrinkage"):
             if not 0 <= getattr(self, name) <= 1:
@@ -168,6 +172,7 @@ STRONG = QuantConfig(
 
 RECIPES: dict[str, QuantConfig] = {
     "svsk-r16": STRONG,
+    "svsk-r16-polish": dataclasses.replace(STRONG, polish=300),
     "svsk-r8": dataclasses.replace(STRONG, bits=4.44),
     "classic-r16": QuantConfig(rank=16),
     "classic-r8": QuantConfig(rank=8),

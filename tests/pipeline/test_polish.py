@@ -1,0 +1,70 @@
+"""Polishing a small model: nearer to the original on text that it was not trained on, in the same bytes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import TINY, MemorySource
+
+from convert.load import load_decoder
+from svsk_jax import pipeline
+from svsk_jax.calibration.config import CalibrationConfig
+from svsk_jax.calibration.store import Statistics
+from svsk_jax.calibration.text import read_texts, tokenize
+from svsk_jax.evaluation.divergence import token_divergence
+from svsk_jax.pipeline import polish as module
+from svsk_jax.quant.types import TileShape, recipe
+from svsk_jax.storage import SavedModel
+
+CALIBRATION = CalibrationConfig(calib=("documentation",), chunks=64, chunk_length=32, fisher_chunks=8)
+STRONG = dataclasses.replace(
+    recipe("svsk-r16"), bits=5.5, groups=(16,), tile=TileShape(rows=32, columns=0), joint_rounds=0
+)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    source = MemorySource(TINY)
+    folder = tmp_path_factory.mktemp("stats") / "stats"
+    pipeline.calibrate(source, folder, CALIBRATION)
+    return source, Statistics.open(folder)
+
+
+def divergence(source, folder):
+    ids = tokenize(source.tokenizer(), read_texts("documentation", "evaluation"))
+    tokens = jnp.asarray(ids[: 32 * 32].reshape(32, 32))
+    run = jax.jit(lambda model, ids: model(ids))
+    reference, model = load_decoder(source, jnp.float32), load_decoder(SavedModel(folder), jnp.float32)
+    return float(jnp.mean(token_divergence(run(reference, tokens), run(model, tokens), tokens).kld))
+
+
+def test_polish_lowers_the_divergence_at_the_same_bytes(measured, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BATCH_TOKENS", 512)
+    monkeypatch.setattr(module, "LEARNING_RATE", 3e-3)
+    source, statistics = measured
+    results = {}
+    for name, steps in (("plain", 0), ("polished", 48)):
+        config = dataclasses.replace(STRONG, polish=steps)
+        results[name] = pipeline.quantize(source, tmp_path / name, config, recipe=name, statistics=statistics)
+    assert results["polished"].budget == results["plain"].budget
+    assert results["polished"].errors != results["plain"].errors
+    assert divergence(source, tmp_path / "polished") < 0.93 * divergence(source, tmp_path / "plain")
+
+
+def test_steps_that_do_harm_are_not_kept(measured, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "LEARNING_RATE", 10.0)
+    source, statistics = measured
+    for name, steps in (("plain", 0), ("harmed", 2)):
+        config = dataclasses.replace(STRONG, polish=steps)
+        pipeline.quantize(source, tmp_path / name, config, recipe=name, statistics=statistics)
+    assert divergence(source, tmp_path / "harmed") == pytest.approx(
+        divergence(source, tmp_path / "plain"), rel=0.02
+    )
+
+
+def test_one_chunk_is_too_few(measured):
+    source, _ = measured
+    with pytest.raises(ValueError, match="at least 2 chunks"):
+        module.polish(source, [], np.zeros((1, 32), np.int32), 1, jnp.float32)
