@@ -1,20 +1,21 @@
 """Each ingredient of the default recipe on and off, at equal bytes: layer error and KL divergence of the
-whole model.
+whole model, over several calibration texts.
 
-    svsk calibrate --model FOLDER --output STATISTICS        (once for each calibration subset, --seed
-    differing) python -m benchmarks.quality.ablation --model FOLDER --statistics STATISTICS [STATISTICS …]
-    --json ablation.json
+    python -m benchmarks.quality.subsets TEXTS
+    svsk calibrate --model FOLDER --calib TEXTS/0/*.jsonl --chunks 96 --output STATISTICS/0     (and 1, 2)
+    python -m benchmarks.quality.ablation quantize --model FOLDER --statistics STATISTICS/0 --output ROWS
+    python -m benchmarks.quality.ablation evaluate --model FOLDER --input ROWS --json ablation.json
 
-Without --model it is SmolLM2-135M, dithered (see reference.py). With several statistics the spread between
-them says which differences are real.
+Without --model it is SmolLM2-135M, dithered (see reference.py). The spread over the texts says which
+differences are real.
 """
 
 import argparse
 import dataclasses
 import datetime
+import json
 import os
 import platform
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,11 @@ from benchmarks.quality.compare import Reference
 from benchmarks.quality.families import FAMILIES, add_arguments, evaluation_windows
 from benchmarks.quality.reference import dithered_smollm2
 from benchmarks.quality.rows import saved_row
-from svsk_jax import QuantConfig, Statistics, open_model, quantize, recipe
+from svsk_jax import ModelSource, QuantConfig, Statistics, open_model, quantize, recipe
 from svsk_jax.pipeline.progress import geometric_mean
 from svsk_jax.storage.atomic import write_json
+
+RESULT = "ablation.json"
 
 
 def variants() -> dict[str, QuantConfig]:
@@ -46,8 +49,8 @@ def variants() -> dict[str, QuantConfig]:
         "groups of 16, no sidecar": {"groups": (16,), "bits": None, "rank": 0},
         "groups of 16, equal ranks of 4": {"groups": (16,), "bits": None, "rank": 4},
         "scale search weighted by h": {"importance": "second_moment"},
+        "one beam": {"beam_width": 1},
         "no joint round": {"joint_rounds": 0},
-        "one joint round": {"joint_rounds": 1},
         "H not shrunk": {"moment_shrinkage": 0.0},
         "G not shrunk": {"sensitivity_shrinkage": 0.0},
         "svsk-r8": {"bits": recipe("svsk-r8").bits},
@@ -56,63 +59,78 @@ def variants() -> dict[str, QuantConfig]:
     return listed | {name: recipe(name) for name in ("classic-r16", "classic-r8")}
 
 
+def _quantize(source: ModelSource, folder: Path, output: Path, names: list[str]) -> None:
+    """Write OUTPUT/ROW/STATISTICS/, a saved model, for each row; those of a name are replaced."""
+    statistics, known = Statistics.open(folder), variants()
+    for name in names:
+        place = output / name / folder.name
+        made = quantize(source, place, known[name], recipe=name, statistics=statistics, overwrite=True)
+        result = {
+            "statistics": dict(statistics.manifest["text"]),
+            "bits": made.budget.linear_bits,
+            "layer_error": geometric_mean(list(made.errors.values())),
+            "predicted_nats": made.predicted_nats,
+        }
+        write_json(place / RESULT, result)
+        print(f"{name}, {folder.name}: {json.dumps(result)}", flush=True)
+
+
+def _evaluate(source: ModelSource, arguments: argparse.Namespace) -> None:
+    windows = evaluation_windows(source.tokenizer(), arguments.wikitext, arguments.windows)
+    reference = Reference(source, windows)
+    rows = []
+    print(f"{'row':32} {'bits':>6} {'layer error':>11} " + " ".join(f"{family:>20}" for family in FAMILIES))
+    for name in variants():
+        runs = []
+        for path in sorted((arguments.input / name).glob(f"*/{RESULT}")):
+            divergences = reference.divergence(saved_row(name, str(path.parent)))
+            kld = {family: float(np.mean(part.kld)) for family, part in divergences.items()}
+            runs.append({**json.loads(path.read_text(encoding="utf-8")), "kld": kld})
+        if not runs:
+            continue
+        rows.append({"name": name, "runs": runs})
+        klds = ([run["kld"][family] for run in runs] for family in FAMILIES)
+        spread = " ".join(f"{np.mean(values):11.4f} ± {np.std(values):.4f}" for values in klds)
+        print(f"{name:32} {runs[0]['bits']:6.3f} {runs[0]['layer_error']:11.2e} {spread}", flush=True)
+    if arguments.json:
+        report = {
+            "date": datetime.date.today().isoformat(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}",
+            "versions": {name: version(name) for name in ("svsk-jax", "jax")},
+            "model": Path(source.description).name,
+            "families": {family: part.scored for family, part in windows.items()},
+            "rows": rows,
+        }
+        write_json(arguments.json, report)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.quality.ablation",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", default=None)
-    parser.add_argument("--statistics", type=Path, nargs="+", required=True)
-    parser.add_argument("--rows", nargs="+", default=None, metavar="ROW", help="only these; default all")
-    parser.add_argument("--json", type=Path, default=None)
-    add_arguments(parser)
+    commands = parser.add_subparsers(dest="command", required=True)
+    make = commands.add_parser("quantize", help="quantize every variant from one calibration")
+    make.add_argument("--statistics", type=Path, required=True, help="folder that `svsk calibrate` wrote")
+    make.add_argument("--output", type=Path, required=True)
+    make.add_argument("--rows", nargs="+", default=None, metavar="ROW", help="only these; default all")
+    judge = commands.add_parser("evaluate", help="compare them with the unquantized model")
+    judge.add_argument("--input", type=Path, required=True, help="folder that `quantize` wrote")
+    judge.add_argument("--json", type=Path, default=None)
+    add_arguments(judge)
+    for command in (make, judge):
+        command.add_argument("--model", default=None, help="the unquantized model; default SmolLM2, dithered")
     arguments = parser.parse_args()
     jax.config.update("jax_default_matmul_precision", "highest")
     source = open_model(arguments.model) if arguments.model else dithered_smollm2()
-    windows = evaluation_windows(source.tokenizer(), arguments.wikitext, arguments.windows)
-    reference = Reference(source, windows)
-    known = variants()
-    unknown = set(arguments.rows or ()) - set(known)
+    if arguments.command == "evaluate":
+        _evaluate(source, arguments)
+        return
+    unknown = set(arguments.rows or ()) - set(variants())
     if unknown:
-        parser.error(f"--rows {', '.join(sorted(unknown))}: unknown; known are {', '.join(known)}")
-    rows = []
-    print(f"{'row':32} {'bits':>6} {'layer error':>11} " + " ".join(f"{family:>20}" for family in FAMILIES))
-    for name in arguments.rows or known:
-        results = []
-        for folder in arguments.statistics:
-            with tempfile.TemporaryDirectory() as scratch:
-                output = Path(scratch) / "model"
-                made = quantize(source, output, known[name], recipe=name, statistics=Statistics.open(folder))
-                divergences = reference.divergence(saved_row(name, str(output)))
-            results.append(
-                {
-                    "statistics": folder.name,
-                    "bits": made.budget.linear_bits,
-                    "layer_error": geometric_mean(list(made.errors.values())),
-                    "predicted_nats": made.predicted_nats,
-                    "kld": {family: float(np.mean(part.kld)) for family, part in divergences.items()},
-                }
-            )
-        rows.append({"name": name, "runs": results})
-        klds = {family: [run["kld"][family] for run in results] for family in FAMILIES}
-        print(
-            f"{name:32} {results[0]['bits']:6.3f} {results[0]['layer_error']:11.2e} "
-            + " ".join(f"{np.mean(values):11.4f} ± {np.std(values):.4f}" for values in klds.values()),
-            flush=True,
-        )
-    if arguments.json:
-        write_json(
-            arguments.json,
-            {
-                "date": datetime.date.today().isoformat(),
-                "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}",
-                "versions": {name: version(name) for name in ("svsk-jax", "jax")},
-                "model": Path(source.description).name,
-                "families": {family: part.scored for family, part in windows.items()},
-                "rows": rows,
-            },
-        )
+        parser.error(f"--rows {', '.join(sorted(unknown))}: unknown; known are {', '.join(variants())}")
+    _quantize(source, arguments.statistics, arguments.output, arguments.rows or list(variants()))
 
 
 if __name__ == "__main__":

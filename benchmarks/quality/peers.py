@@ -3,6 +3,7 @@
     svsk calibrate --model FOLDER --output STATISTICS
     python -m benchmarks.quality.peers quantize --model FOLDER --statistics STATISTICS --output ROWS
     python -m benchmarks.quality.peers evaluate --model FOLDER --input ROWS --svsk r16=SAVED --json peers.json
+    python -m benchmarks.quality.peers report --json peers.json --plot peers.svg
 
 The importance matrices of the rows called `+im` are the second moments of the linears' inputs in STATISTICS.
 Without --model it is SmolLM2-135M, dithered (see reference.py). llama.cpp's rows need
@@ -11,6 +12,7 @@ Without --model it is SmolLM2-135M, dithered (see reference.py). llama.cpp's row
 
 import argparse
 import datetime
+import json
 import os
 import platform
 import warnings
@@ -49,9 +51,12 @@ def _parser() -> argparse.ArgumentParser:
         "--svsk", nargs="+", default=[], metavar="NAME=FOLDER", help="models that `svsk quantize` saved"
     )
     judge.add_argument("--json", type=Path, default=None)
-    judge.add_argument("--markdown", type=Path, default=None)
-    judge.add_argument("--plot", type=Path, default=None, help="SVG; needs matplotlib")
     add_arguments(judge)
+    show = commands.add_parser("report", help="tables and a plot of what `evaluate` found")
+    show.add_argument("--json", type=Path, required=True)
+    for command in (judge, show):
+        command.add_argument("--markdown", type=Path, default=None)
+        command.add_argument("--plot", type=Path, default=None, help="SVG; needs matplotlib")
     for command in (make, judge):
         command.add_argument("--model", default=None, help="the unquantized model; default SmolLM2, dithered")
     return parser
@@ -97,6 +102,10 @@ def _evaluate(arguments: argparse.Namespace, source: ModelSource) -> None:
     }
     if arguments.json:
         write_json(arguments.json, report)
+    _report(arguments, report)
+
+
+def _report(arguments: argparse.Namespace, report: dict[str, Any]) -> None:
     text = markdown(report)
     if arguments.markdown:
         arguments.markdown.parent.mkdir(parents=True, exist_ok=True)
@@ -112,6 +121,9 @@ def main() -> None:
     # Differences of 1e-3 nats between models are wanted: no TF32.
     jax.config.update("jax_default_matmul_precision", "highest")
     try:
+        if arguments.command == "report":
+            _report(arguments, json.loads(arguments.json.read_text(encoding="utf-8")))
+            return
         source = open_model(arguments.model) if arguments.model else dithered_smollm2()
         if arguments.command == "evaluate":
             _evaluate(arguments, source)

@@ -79,7 +79,8 @@ def polish(
         {name: Deviation.none(layer[f"{name}.weight"]) for name in QUANTIZED_LINEARS} for layer in layers
     ]
     best = jax.tree.map(jnp.copy, current)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, max(1, steps // 20), steps)
+    warmup = steps // 20
+    schedule = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, warmup, max(steps, warmup + 1))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
     state = optimizer.init(current)
     batch = max(1, min(BATCH_TOKENS // ids.shape[1], int(np.sum(~held))))
