@@ -56,6 +56,7 @@ def variants() -> dict[str, QuantConfig]:
         "svsk-r8": {"bits": recipe("svsk-r8").bits},
     }
     listed = {name: dataclasses.replace(default, **change) for name, change in changes.items()}
+    listed["no Fisher pass"] = default.without_sensitivity()
     return listed | {name: recipe(name) for name in ("classic-r16", "classic-r8")}
 
 

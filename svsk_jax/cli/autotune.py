@@ -23,7 +23,8 @@ from svsk_jax.quant.types import DEFAULT_RECIPE, recipe
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Autotune(ModelFlags, Verb):
     """Choose group size, codebook, sidecar tile and ranks of every linear for a budget of bytes, and write
-    a recipe file for `svsk quantize --recipe FILE`. A run that was cut short goes on where it was."""
+    a recipe file for `svsk quantize --recipe FILE`. A run that was cut short is taken up by the same command:
+    it calibrates again unless it is given --calib-stats, and measures what is still to be measured."""
 
     output: Annotated[Path, tyro.conf.arg(aliases=("-o",))]
     """Recipe file to write (.json)."""
@@ -72,9 +73,10 @@ class Autotune(ModelFlags, Verb):
             "measured_kld": {name: dataclasses.asdict(value) for name, value in measured.items()},
             "chosen": tuned.chosen,
         }
-        tuned.plan.save(self.output, result)
+        tuned.plan.save(self.output, {"tuning": result})
+        unit = "nats" if statistics.has_sensitivity else "as the sum of layer errors"
         for name, plan in (("default", tuned.default), ("tuned", tuned.plan)):
-            line = f"{name}: predicted {plan.predicted_nats:.4f} nats"
+            line = f"{name}: predicted {plan.predicted_nats:.4f} {unit}"
             if name in measured:
                 line += f", measured KLD {measured[name].value:.4f} ± {measured[name].error:.4f}"
             console.print(line)

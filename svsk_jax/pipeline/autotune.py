@@ -1,22 +1,24 @@
 """Choose, for every linear, how it is stored: by predicted nats per byte over the whole model."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from svsk_jax.calibration.store import Statistics
 from svsk_jax.model.source import ModelSource
 from svsk_jax.pipeline.checks import default_dtype, refuse_packed
-from svsk_jax.pipeline.plan import Choices, Plan, layer_options, spend
+from svsk_jax.pipeline.plan import Choices, Plan, drafted, layer_options, spend
 from svsk_jax.pipeline.progress import OnProgress, Progress
 from svsk_jax.pipeline.quantize import within
 from svsk_jax.quant.allocation import Option
@@ -79,19 +81,23 @@ def autotune(
         coefficients=_union(own.coefficients, choices.coefficients),
         tiles=_union(own.tiles, choices.tiles),
     )
-    key = _key(source, statistics, config, choices)
+    key = _key(source, statistics, config, choices, dtype)
     options: dict[str, list[Option]] = {}
     layers = source.config.num_layers
     for index in range(layers):
         path = work / f"{key}-{index:05d}.safetensors"
-        if not path.is_file():
-            _write_options(path, layer_options(source, statistics, index, config, choices, dtype))
-        options |= _read_options(path)
+        measured = _read_options(path)
+        if measured is None:
+            measured = layer_options(source, statistics, index, drafted(config), choices, dtype)
+            _write_options(path, measured)
+        options |= measured
         if on_progress:
             on_progress(Progress(stage="autotune", layer=index + 1, layers=layers))
     best = spend(options, config)
     plain = spend({name: [o for o in listed if _is_own(o, own)] for name, listed in options.items()}, config)
-    shutil.rmtree(work)
+    # `allocate` is only nearly optimal: with more to choose from it may do a little worse.
+    best = min(best, plain, key=lambda allocation: allocation.nats)
+    _remove_measurements(work)
     return Tuned(
         plan=Plan(recipe=recipe, config=config, tensors=best.plans, predicted_nats=best.nats),
         default=Plan(recipe=recipe, config=config, tensors=plain.plans, predicted_nats=plain.nats),
@@ -105,6 +111,15 @@ def autotune(
     )
 
 
+def _remove_measurements(work: Path) -> None:
+    """Remove what `_write_options` wrote, and the folder if nothing else is in it."""
+    for pattern in ("*.safetensors", "*.partial"):
+        for path in work.glob(pattern):
+            path.unlink()
+    with contextlib.suppress(OSError):
+        work.rmdir()
+
+
 def _union(first: tuple, second: tuple) -> tuple:
     return tuple(dict.fromkeys((*first, *second)))
 
@@ -113,11 +128,16 @@ def _is_own(option: Option, own: Choices) -> bool:
     return option.group in own.groups and option.coefficients in own.coefficients and option.tile in own.tiles
 
 
-def _key(source: ModelSource, statistics: Statistics, config: QuantConfig, choices: Choices) -> str:
-    """Digest of everything that the measurements hang on; the budget is not part of it."""
+def _key(
+    source: ModelSource, statistics: Statistics, config: QuantConfig, choices: Choices, dtype: DTypeLike
+) -> str:
+    """Digest of everything that the measurements hang on. Neither the budget is part of it nor when the
+    statistics were made: a run that calibrates anew on the same tokens goes on too."""
     parts = [
         source.fingerprint(),
-        dict(statistics.manifest),
+        statistics.manifest["text"],
+        hashlib.sha256(statistics.tokens().tobytes()).hexdigest(),
+        jnp.dtype(dtype).name,
         dataclasses.asdict(dataclasses.replace(config, bits=None)),
         dataclasses.asdict(choices),
     ]
@@ -143,12 +163,16 @@ def _write_options(path: Path, options: Mapping[str, list[Option]]) -> None:
     partial.rename(path)
 
 
-def _read_options(path: Path) -> dict[str, list[Option]]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="numpy") as file:
-        records = json.loads(file.metadata()["options"])
-    arrays = load_file(path)
+def _read_options(path: Path) -> dict[str, list[Option]] | None:
+    """What `_write_options` wrote; None where nothing is, or where it is damaged, as after a power cut."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="numpy") as file:
+            records = json.loads(file.metadata()["options"])
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError:
+        return None
     options: dict[str, list[Option]] = {}
     for index, record in enumerate(records):
         name, pair = record.pop("path"), record.pop("coefficients")

@@ -12,6 +12,7 @@ from svsk_jax.calibration.block_inputs import BlockInputs
 from svsk_jax.calibration.chunks import calibration_chunks
 from svsk_jax.calibration.config import CalibrationConfig
 from svsk_jax.calibration.passes import Walk
+from svsk_jax.model.config import ModelConfig
 from svsk_jax.model.parameters import LINEAR_INPUTS, layer_shapes
 from svsk_jax.model.source import ModelSource
 from svsk_jax.pipeline.checks import default_dtype, refuse_packed, require_space
@@ -43,7 +44,7 @@ def calibrate(
     watch = Stopwatch()
     dtype = default_dtype() if dtype is None else dtype
     with output_folder(output, overwrite=overwrite, marker=store.MANIFEST) as folder:
-        require_space(output, statistics_bytes(source, calibration))
+        require_space(output, statistics_bytes(source.config, calibration))
         outer = source.outer(dtype)
         refuse_packed(source, outer)
         watch.lap("load")
@@ -94,16 +95,16 @@ def _public_name(name: str) -> str:
     return Path(name).name
 
 
-def statistics_bytes(source: ModelSource, calibration: CalibrationConfig) -> int:
+def statistics_bytes(model: ModelConfig, calibration: CalibrationConfig) -> int:
     """Bytes that the statistics of a model take on disk."""
-    shapes: Mapping[str, tuple[int, ...]] = layer_shapes(source.config)
+    shapes: Mapping[str, tuple[int, ...]] = layer_shapes(model)
     widths = {LINEAR_INPUTS[name]: shapes[f"{name}.weight"][1] for name in LINEAR_INPUTS}
     if calibration.moments == "diagonal":
-        return 4 * source.config.num_layers * sum(widths.values())
+        return 4 * model.num_layers * sum(widths.values())
     moments = sum(width * width for width in widths.values())
     blocks = 0
     if calibration.measures_sensitivity:
         heights = [shapes[f"{name}.weight"][0] for name in LINEAR_INPUTS]
         blocks = sum(int(np.ceil(n / SENSITIVITY_TILE)) * min(n, SENSITIVITY_TILE) ** 2 for n in heights)
         moments *= 2
-    return 4 * source.config.num_layers * (moments + blocks)
+    return 4 * model.num_layers * (moments + blocks)

@@ -57,6 +57,13 @@ def layer_metrics(
     return metrics
 
 
+def drafted(config: QuantConfig) -> QuantConfig:
+    """The recipe as options are measured by it: feedback across rows and several beams cost time, and help
+    all options about alike."""
+    feedback = "columns" if config.feedback == "both" else config.feedback
+    return dataclasses.replace(config, feedback=feedback, beam_width=1)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Choices:
     """What may be chosen for a linear beside its ranks: every combination is an option."""
@@ -81,7 +88,7 @@ def measure_options(
     """Round the base of one linear each way, and see what each rank of a sidecar would gain. W f32 [N, K].
 
     The gains of the first base are measured; those of the others are taken to be as much larger or smaller
-    as their errors are, which eigenvalues bear out within 5 % from four ranks on.
+    as their errors are (docs/decisions/0003: within 7 % for 16 ranks).
     """
     inputs, outputs = metrics
     shape = (W.shape[0], W.shape[1])
@@ -204,14 +211,10 @@ def plan_model(
     """Group size and ranks of every linear, by predicted nats per byte over the whole model."""
     if config.bits is None:
         return Plan(recipe=recipe, config=config, tensors=fixed_plans(source, config))
-    # Feedback across rows and over several beams costs time, and helps all options about alike.
-    measured = dataclasses.replace(config, beam_width=1)
-    if config.feedback == "both":
-        measured = dataclasses.replace(measured, feedback="columns")
     options: dict[str, list[Option]] = {}
     layers = source.config.num_layers
     for index in range(layers):
-        options |= layer_options(source, statistics, index, measured, Choices.of(config), dtype)
+        options |= layer_options(source, statistics, index, drafted(config), Choices.of(config), dtype)
         if on_progress:
             on_progress(Progress(stage="plan", layer=index + 1, layers=layers))
     chosen = spend(options, config)

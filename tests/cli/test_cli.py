@@ -87,6 +87,28 @@ def test_calibrate_then_quantize(checkpoint, quantized, tmp_path):
     assert json.loads((tmp_path / "q.json").read_text())["layer_errors"] == quantized[1]["layer_errors"]
 
 
+def test_autotune_writes_a_recipe_that_quantize_takes(checkpoint, tmp_path, capsys):
+    stats, out, file = tmp_path / "stats", tmp_path / "out", tmp_path / "tuned.json"
+    full = [*CALIB[:-1], "full", "--fisher", "off"]
+    assert svsk("calibrate", "--model", checkpoint, "--output", stats, *full) == 0
+    tune = ["autotune", "--model", checkpoint, "--calib-stats", stats, "--bits", 5.5, "--measure", "off"]
+    assert svsk(*tune, "--output", file, "--json", tmp_path / "a.json") == 0
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert 0 < found["predicted_nats"]["tuned"] < found["predicted_nats"]["default"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "stats", "tuned.json"]
+    quantize = ["quantize", "--model", checkpoint, "--calib-stats", stats, "--recipe", file]
+    assert svsk(*quantize, "--output", out, "--json", tmp_path / "q.json") == 0
+    result = json.loads((tmp_path / "q.json").read_text())
+    assert result["recipe"] == "svsk-r16 tuned"
+    assert 5.4 < result["linear_bits_per_weight"] <= 5.5
+    before = file.read_bytes()
+    for output, word in ((file, "--overwrite"), (tmp_path / "tuned", ".json")):
+        assert svsk(*tune, "--output", output) == 2
+        assert word in capsys.readouterr().err.replace("\n", " ")
+    assert file.read_bytes() == before
+    assert not (tmp_path / "tuned").exists()
+
+
 def test_generate_is_seeded(quantized, tmp_path, capsys):
     texts = []
     for seed in (1, 1, 2):
