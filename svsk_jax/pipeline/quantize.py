@@ -2,6 +2,7 @@
 
 import dataclasses
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,11 @@ def within(config: QuantConfig, statistics: Statistics) -> QuantConfig:
             "moments; run `svsk calibrate --moments full`"
         )
     if config.needs_sensitivity and not statistics.has_sensitivity:
+        warnings.warn(
+            "quantizing without the Fisher pass, in the plain metric: on SmolLM2-135M that costs a quarter "
+            "more KL divergence; leave out --fisher off to have it",
+            stacklevel=2,
+        )
         return config.without_sensitivity()
     return config
 

@@ -87,6 +87,7 @@ def test_calibrate_then_quantize(checkpoint, quantized, tmp_path):
     assert json.loads((tmp_path / "q.json").read_text())["layer_errors"] == quantized[1]["layer_errors"]
 
 
+@pytest.mark.filterwarnings("ignore:quantizing without the Fisher pass")
 def test_autotune_writes_a_recipe_that_quantize_takes(checkpoint, tmp_path, capsys):
     stats, out, file = tmp_path / "stats", tmp_path / "out", tmp_path / "tuned.json"
     full = [*CALIB[:-1], "full", "--fisher", "off"]

@@ -217,7 +217,8 @@ def test_diagonals_are_refused_for_a_recipe_that_needs_more(source, tmp_path):
 
 def test_without_sensitivities_the_plain_metric_serves(source, tmp_path):
     plain = dataclasses.replace(FULL, fisher="off")
-    result = pipeline.quantize(source, tmp_path / "out", STRONG, recipe="s", calibration=plain)
+    with pytest.warns(UserWarning, match="without the Fisher pass.*a quarter more"):
+        result = pipeline.quantize(source, tmp_path / "out", STRONG, recipe="s", calibration=plain)
     assert result.predicted_nats is None
     assert result.budget.linear_bits <= 5.5
     assert SavedModel(tmp_path / "out").metadata["quant_config"]["metric"] == "full"
