@@ -89,7 +89,9 @@ def test_combinations_that_are_not_are_refused():
 
 
 def test_unknown_recipe_lists_the_known():
-    with pytest.raises(ValueError, match="unknown recipe 'q5'; known are svsk-r16, svsk-r16-polish, svsk-r8, classic-r16"):
+    with pytest.raises(
+        ValueError, match="unknown recipe 'q5'; known are svsk-r16, svsk-r16-polish, svsk-r8, classic-r16"
+    ):
         recipe("q5")
     with pytest.raises(ValueError, match="rank"):
         QuantConfig(rank=129)
