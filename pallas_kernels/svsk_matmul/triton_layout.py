@@ -1,0 +1,232 @@
+"""Packed weights laid out for the Triton kernels: once at load, exactly, and back."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from pallas_kernels.svsk_matmul.layout import SUPER_GROUP, ceil_div, pad_axis, unpack_codes, unpack_int6
+from pallas_kernels.svsk_matmul.types import SIDECAR_UNIT, Leaf, Sidecar, SVSKWeight
+
+SUPERBLOCK = SUPER_GROUP
+"""Columns of a superblock: four planes of 64, one for each nibble of its 64 words."""
+PLANE = 64
+ROW_UNIT = 64
+"""Rows of a weight are padded to a multiple of this; each such block has its codebook and its range of
+sidecar rows."""
+STEP = 65504 * 2.0**-24
+"""The kernels decode a companded code's t to STEP · t. As large as f16 allows: the smallest levels, of the
+order of STEP³, are subnormal."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TritonWeight:
+    """One or several SVSKWeights of the same input, one above the other, as the Triton kernels read them.
+
+    With K padded to B superblocks of 256 columns, and the rows of each weight padded to a multiple of 64, N
+    in all (padding has scale zero):
+    - `words`: int16 [N, 64 B]. Nibble j of word c of superblock b is the code of column 256 b + 64 j + c.
+    - `scales` [B, N, G], G = 256 / group: int8 with `super_scales` f16 [B, N], or f16 without. The group of
+      columns 64 j + group · q of a superblock is at (j // 2) · (G / 2) + 2 q + j % 2. Flat groups of 64 are
+      stored as pairs of 32.
+    - `constants`: f32 [N / 64, 4] = (ρ, d, f, 0). The kernels' companded level is u x + d with x = STEP · t
+      and u = x² + ρ; times f it is t + a t³ - δ. For the linear codebook f = 1 and the rest is not read.
+    - `v`: int16 [R, 128 B], the sidecars' V over the tiles of all weights, zero outside its columns. The low
+      byte of word 64 h + c of a superblock is 128 plus the value of column 128 h + c, the high byte that of
+      column 128 h + 64 + c.
+    - `v_scale`: f32 [R], the sidecars' scales / 2¹⁴.
+    - `u`: int8, for each 64 rows a matrix [64, count]; `ranges`: int32 [N / 64, 3], for each 64 rows the
+      first row of `v` that they need, the count of them and where their matrix begins in `u`.
+
+    `super_scales` is None with flat scales, the last four without any sidecar.
+
+    `rows`: of each weight, without padding. Leading axes on every leaf are a stack of layers.
+    """
+
+    words: Leaf
+    scales: Leaf
+    super_scales: Leaf
+    constants: Leaf
+    v: Leaf
+    v_scale: Leaf
+    u: Leaf
+    ranges: Leaf
+    rows: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    columns: int = dataclasses.field(metadata={"static": True})
+    group: int = dataclasses.field(metadata={"static": True})
+    companded: bool = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[N, K] without padding."""
+        return sum(self.rows), self.columns
+
+    @property
+    def padded_rows(self) -> int:
+        """N, padding included."""
+        return sum(map(padded, self.rows))
+
+    @property
+    def superblocks(self) -> int:
+        """B: superblocks of a row."""
+        return ceil_div(self.columns, SUPERBLOCK)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory, padding included."""
+        return _nbytes(self)
+
+
+def padded(rows: int) -> int:
+    """Rows rounded up to whole blocks of 64."""
+    return ROW_UNIT * ceil_div(rows, ROW_UNIT)
+
+
+def _nbytes(tree: object) -> int:
+    return sum(int(np.prod(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+def lay_out(weights: SVSKWeight | Sequence[SVSKWeight]) -> TritonWeight:
+    """The weights, one above the other, for one launch. Compile it with `jax.jit`.
+
+    Where one of several has groups of 16 and another of 32, all get groups of 16, and where one codebook is
+    linear and another companded the linear one is written as companded with a = 10⁻⁸.
+
+    Raises:
+        ValueError: weights of different K, or some with flat and some with two-level scales.
+    """
+    weights = [weights] if isinstance(weights, SVSKWeight) else list(weights)
+    columns = {weight.shape[1] for weight in weights}
+    kinds = {weight.scale_kind for weight in weights}
+    if len(columns) != 1 or len(kinds) != 1:
+        raise ValueError(
+            "lay_out: weights for one launch need the same K and kind of scales, got "
+            f"{[list(weight.shape) for weight in weights]} with {sorted(kinds)} scales"
+        )
+    group = min(min(weight.group for weight in weights), 32)
+    companded = any(weight.coefficients is not None for weight in weights)
+    parts = [_base(weight, group, companded) for weight in weights]
+    words, scales, constants = (
+        jnp.concatenate(each, axis=axis)
+        for each, axis in zip(zip(*[part[:3] for part in parts], strict=True), (0, 1, 0), strict=True)
+    )
+    two_level = kinds == {"two_level"}
+    supers = jnp.concatenate([part[3] for part in parts], axis=1) if two_level else None
+    v, v_scale, u, ranges = _sidecars(weights)
+    return TritonWeight(
+        words=words,
+        scales=scales,
+        super_scales=supers,
+        constants=constants,
+        v=v,
+        v_scale=v_scale,
+        u=u,
+        ranges=ranges,
+        rows=tuple(weight.shape[0] for weight in weights),
+        columns=weights[0].shape[1],
+        group=group,
+        companded=companded,
+    )
+
+
+def _base(weight: SVSKWeight, group: int, companded: bool) -> tuple[jax.Array, jax.Array, jax.Array, Leaf]:
+    n, k = weight.shape
+    codes = pad_axis(pad_axis(unpack_codes(weight.codes, k), 1, SUPERBLOCK), 0, ROW_UNIT)
+    planes = codes.reshape(codes.shape[0], -1, 4, PLANE).astype(jnp.uint16)
+    words = planes[:, :, 0] | planes[:, :, 1] << 4 | planes[:, :, 2] << 8 | planes[:, :, 3] << 12
+    words = jax.lax.bitcast_convert_type(words.reshape(codes.shape[0], -1), jnp.int16)
+
+    groups = ceil_div(k, weight.group)
+    small = weight.scales if weight.super_scales is None else unpack_int6(weight.scales, groups)
+    small = jnp.repeat(pad_axis(small, 1, SUPERBLOCK // weight.group), weight.group // group, axis=1)
+    small = pad_axis(small, 0, ROW_UNIT)
+    per_plane = PLANE // group
+    # [n, b, j // 2, j % 2, q] → [b, n, j // 2, q, j % 2]
+    small = small.reshape(small.shape[0], -1, 2, 2, per_plane).transpose(1, 0, 2, 4, 3)
+    scales = small.reshape(*small.shape[:2], 4 * per_plane)
+    supers = None if weight.super_scales is None else pad_axis(weight.super_scales, 0, ROW_UNIT).T
+
+    blocks = padded(n) // ROW_UNIT
+    constants = jnp.broadcast_to(_constants(weight.coefficients, companded), (blocks, 4))
+    return words, scales, constants, supers
+
+
+def _constants(coefficients: jax.Array | None, companded: bool) -> Float[Array, "4"]:
+    if not companded:
+        return jnp.asarray([0.0, 0.0, 1.0, 0.0], jnp.float32)
+    if coefficients is None:
+        # c - 8 = t - ½.
+        coefficients = jnp.asarray([0.0, 0.5], jnp.float32)
+    a, delta = coefficients.astype(jnp.float32)
+    a = jnp.where(jnp.abs(a) < 1e-8, 1e-8, a)
+    rho = STEP * STEP / a
+    return jnp.stack([rho, -delta * STEP * rho, 1.0 / (STEP * rho), 0.0 * a])
+
+
+def _sidecars(
+    weights: Sequence[SVSKWeight],
+) -> tuple[Leaf, Leaf, Leaf, Leaf]:
+    if not any(weight.sidecar is not None and sum(map(sum, weight.sidecar.ranks)) for weight in weights):
+        return None, None, None, None
+    vs, v_scales, us, ranges = [], [], [], []
+    v_rows = u_size = 0
+    for weight in weights:
+        n = weight.shape[0]
+        if weight.sidecar is None:
+            ranges.append(np.zeros((padded(n) // ROW_UNIT, 3), np.int32))
+            continue
+        v, v_scale, matrix, first = _factors(weight.sidecar)
+        vs.append(pad_axis(v, 1, SUPERBLOCK))
+        v_scales.append(v_scale)
+        part = np.zeros((padded(n) // ROW_UNIT, 3), np.int32)
+        for block in range(len(part)):
+            start, stop = block * ROW_UNIT, min((block + 1) * ROW_UNIT, n)
+            needed = [
+                (top, bottom, first[i], first[i + 1])
+                for i, (top, bottom) in enumerate(weight.sidecar.row_spans)
+                if top < stop and bottom > start
+            ]
+            low, high = needed[0][2], needed[-1][3]
+            columns = []
+            for top, bottom, begin, end in needed:
+                inside = matrix[begin] if end > begin else jnp.zeros((bottom - top, 0), jnp.int8)
+                cut = inside[max(start, top) - top : min(stop, bottom) - top]
+                before = max(start, top) - start
+                columns.append(jnp.pad(cut, ((before, ROW_UNIT - before - len(cut)), (0, 0))))
+            us.append(jnp.concatenate(columns, axis=1).reshape(-1))
+            part[block] = (v_rows + low, high - low, u_size)
+            u_size += ROW_UNIT * (high - low)
+        v_rows += first[-1]
+        ranges.append(part)
+    u = jnp.concatenate(us)
+    v = jnp.concatenate(vs)
+    halves = (v.astype(jnp.int16) + 128).astype(jnp.uint16).reshape(v_rows, -1, 2, 2, PLANE)
+    words = halves[:, :, :, 0] | halves[:, :, :, 1] << 8
+    words = jax.lax.bitcast_convert_type(words.reshape(v_rows, -1), jnp.int16)
+    return words, jnp.concatenate(v_scales), u, jnp.asarray(np.concatenate(ranges))
+
+
+def _factors(
+    sidecar: Sidecar,
+) -> tuple[jax.Array, jax.Array, dict[int, jax.Array], list[int]]:
+    """V of all tiles over the whole of K, the scale of each of its rows, U of each row tile by its first row
+    of V, and those first rows."""
+    v_at = u_at = 0
+    first = [0]
+    rows, us = [], {}
+    for (start, stop), ranks in zip(sidecar.row_spans, sidecar.ranks, strict=True):
+        height, total = stop - start, sum(ranks)
+        if total:
+            us[first[-1]] = sidecar.u[u_at : u_at + height * total].reshape(height, total)
+        u_at += height * total
+        for (left, right), rank in zip(sidecar.column_spans, ranks, strict=True):
+            size = rank * (right - left)
+            block = sidecar.v[v_at : v_at + size].reshape(rank, right - left)
+            rows.append(jnp.pad(block, ((0, 0), (left, sidecar.shape[1] - right))))
+            v_at += size
+        first.append(first[-1] + total)
+    return jnp.concatenate(rows), sidecar.scale.astype(jnp.float32) * SIDECAR_UNIT, us, first

@@ -1,0 +1,51 @@
+"""Random packed weights of any form that the format allows."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.svsk_matmul import Sidecar, SVSKWeight
+from pallas_kernels.svsk_matmul.layout import ceil_div, pack_codes, pack_int6, tile_spans
+
+
+def random_weight(
+    rng: np.random.Generator,
+    n: int,
+    k: int,
+    *,
+    group: int = 16,
+    flat: bool = False,
+    coefficients: tuple[float, float] | None = (0.008, 0.3),
+    tile: tuple[int, int] = (512, 0),
+    ranks: int | tuple[int, int] = 0,
+) -> SVSKWeight:
+    """Uniform codes and scales of either sign. `ranks`: of every tile, or bounds of random ones."""
+    groups = ceil_div(k, group)
+    if flat:
+        scales, supers = jnp.asarray(rng.uniform(0.5, 2, (n, groups)) / 64, jnp.float16), None
+    else:
+        scales = pack_int6(jnp.asarray(rng.integers(-32, 32, (n, groups)), jnp.int8))
+        supers = jnp.asarray(rng.uniform(1e-3, 2e-3, (n, ceil_div(k, 256))), jnp.float16)
+    low, high = (ranks, ranks) if isinstance(ranks, int) else ranks
+    spans, columns = tile_spans(n, tile[0]), tile_spans(k, tile[1])
+    chosen = tuple(tuple(int(rng.integers(low, high + 1)) for _ in columns) for _ in spans)
+    sidecar = None
+    if high:
+        u = sum((stop - start) * sum(row) for (start, stop), row in zip(spans, chosen, strict=True))
+        v = sum(r * (b - a) for row in chosen for (a, b), r in zip(columns, row, strict=True))
+        sidecar = Sidecar(
+            u=jnp.asarray(rng.integers(-127, 128, u), jnp.int8),
+            v=jnp.asarray(rng.integers(-127, 128, v), jnp.int8),
+            scale=jnp.asarray(rng.uniform(0.05, 0.1, sum(map(sum, chosen))), jnp.float16),
+            shape=(n, k),
+            tile=tile,
+            ranks=chosen,
+        )
+    return SVSKWeight(
+        codes=pack_codes(jnp.asarray(rng.integers(0, 16, (n, k)), jnp.uint8)),
+        scales=scales,
+        super_scales=supers,
+        coefficients=None if coefficients is None else jnp.asarray(coefficients, jnp.float16),
+        sidecar=sidecar,
+        shape=(n, k),
+        group=group,
+    )
