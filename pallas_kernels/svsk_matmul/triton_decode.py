@@ -1,0 +1,158 @@
+"""The Triton kernel for one row of x, y = x Ŵᵀ with M = 1.
+
+x is first spread over eight columns, each of which holds the x of one scale group in eight and zeros
+elsewhere, so that one tensor-core product of the bare levels keeps the groups apart and scales are applied to
+128 or 256 columns at once. The rows of the sidecars' V are further row blocks of the same launch. K is split
+over the grid; `triton_epilogue` sums the parts and applies the sidecars' U.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float
+
+from pallas_kernels.svsk_matmul.layout import ceil_div
+from pallas_kernels.svsk_matmul.triton_layout import PLANE, ROW_UNIT, SUPERBLOCK, TritonWeight
+from pallas_kernels.svsk_matmul.triton_planes import (
+    UNITS,
+    byte_plane,
+    code_plane,
+    companded_plane,
+    fma_f32,
+    small_to_f32,
+)
+from pallas_kernels.svsk_matmul.tuning import Blocks
+
+NAME = "svsk_decode"
+SPREAD = 8
+"""Columns that x is spread over: the width of a tensor-core product."""
+
+
+def spread(x: Float[Array, "1 k"], group: int) -> Float[Array, "8 k"]:
+    """x with the columns of each scale group in the row that their scales' order in `TritonWeight` says."""
+    k = jnp.arange(x.shape[1])
+    plane, q = (k % SUPERBLOCK) // PLANE, (k % PLANE) // group
+    column = 2 * q + plane % 2 + (0 if group == 16 else (plane // 2) * 4)
+    return jnp.where(jnp.arange(SPREAD)[:, None] == column, x, jnp.zeros_like(x))
+
+
+def _kernel(*refs, weight: TritonWeight, rows: int, superblocks: int, stacked: bool, asm: bool):
+    names = ["x", "words", "scales", "constants"]
+    names += ["super_scales"] if weight.super_scales is not None else []
+    names += ["v"] if weight.v is not None else []
+    names += ["layer"] if stacked else []
+    ref = dict(zip([*names, "out"], refs, strict=True))
+    at = (plgpu.load(ref["layer"].at[jnp.int32(0)]),) if stacked else ()
+    block, part = pl.program_id(0), pl.program_id(1)
+    blocks = weight.padded_rows // rows
+    first = part * superblocks
+
+    def x_plane(i, plane):
+        return plgpu.load(ref["x"].at[:, pl.ds((first + i) * SUPERBLOCK + plane * PLANE, PLANE)]).T
+
+    def base():
+        row = pl.ds(block * rows, rows)
+        constant = block * rows // ROW_UNIT
+        rho, shift, factor = (
+            plgpu.load(ref["constants"].at[(*at, pl.ds(constant, 1), pl.ds(index, 1))]) for index in range(3)
+        )
+        rho, shift = (jnp.broadcast_to(each.astype(jnp.float16), (rows, PLANE)) for each in (rho, shift))
+
+        def superblock(i, total):
+            b = first + i
+            words = plgpu.load(ref["words"].at[(*at, row, pl.ds(b * PLANE, PLANE))])
+            if weight.super_scales is not None:
+                supers = plgpu.load(ref["super_scales"].at[(*at, b, row)]).astype(jnp.float32)
+            halves = ((0, 1), (2, 3)) if weight.group == 16 else ((0, 1, 2, 3),)
+            for half, planes in enumerate(halves):
+                product = jnp.zeros((rows, SPREAD), jnp.float32)
+                for plane in planes:
+                    x = x_plane(i, plane)
+                    if weight.companded:
+                        level = companded_plane(words, plane, rho, shift, asm=asm)
+                        product += plgpu.dot(level, x)
+                    else:
+                        product += plgpu.dot(code_plane(words, plane, asm=asm), x)
+                        product += plgpu.dot(jnp.full((rows, PLANE), -8 * UNITS[plane], jnp.float16), x)
+                scales = plgpu.load(ref["scales"].at[(*at, b, row, pl.ds(SPREAD * half, SPREAD))])
+                if weight.super_scales is not None:
+                    scales = small_to_f32(scales) * supers[:, None]
+                else:
+                    scales = scales.astype(jnp.float32)
+                total = fma_f32(product, scales, total, asm=asm)
+            return total
+
+        total = lax.fori_loop(0, superblocks, superblock, jnp.zeros((rows, SPREAD), jnp.float32))
+        if not weight.companded:
+            odd = lax.broadcasted_iota(jnp.int32, (rows, SPREAD), 1) % 2
+            total = total * jnp.where(odd == 1, 1 / UNITS[1], 1 / UNITS[0]).astype(jnp.float32)
+        else:
+            total = total * jnp.broadcast_to(factor, total.shape)
+        return jnp.sum(total, axis=1)
+
+    def sidecar():
+        row = (block - blocks) * rows + lax.broadcasted_iota(jnp.int32, (rows, PLANE), 0)
+        row = jnp.minimum(row, weight.v.shape[-2] - 1)
+        column = lax.broadcasted_iota(jnp.int32, (rows, PLANE), 1)
+
+        def superblock(i, total):
+            for half in range(2):
+                words = plgpu.load(ref["v"].at[(*at, row, (2 * (first + i) + half) * PLANE + column)])
+                for byte in range(2):
+                    x = x_plane(i, 2 * half + byte)
+                    total += plgpu.dot(byte_plane(words, byte, asm=asm), x)
+                    total += plgpu.dot(jnp.full((rows, PLANE), -128 * UNITS[0], jnp.float16), x)
+            return total
+
+        total = lax.fori_loop(0, superblocks, superblock, jnp.zeros((rows, SPREAD), jnp.float32))
+        return jnp.sum(total, axis=1) * (1 / UNITS[0])
+
+    result = base() if weight.v is None else lax.cond(block < blocks, base, sidecar)
+    ref["out"][...] = result
+
+
+def partial_products(
+    x: Float[Array, "1 k"],
+    weight: TritonWeight,
+    blocks: Blocks,
+    *,
+    layer: jax.Array | None = None,
+    interpret: bool = False,
+) -> Float[Array, "parts 1 rows"]:
+    """Parts of x Ŵᵀ without sidecar, for the weight's padded rows, and after them of x Vᵀ; f32.
+
+    Args:
+        x: f16, padded to whole superblocks.
+        weight: laid out, or a stack of them with `layer`.
+        blocks: configuration.
+        layer: index into the stack, int32.
+        interpret: run in interpret mode.
+    """
+    parts = weight.superblocks // blocks.superblocks
+    v_blocks = 0 if weight.v is None else ceil_div(weight.v.shape[-2], blocks.rows)
+    grid = (weight.padded_rows // blocks.rows + v_blocks, parts)
+    operands = [spread(x, weight.group), weight.words, weight.scales, weight.constants]
+    operands += [each for each in (weight.super_scales, weight.v) if each is not None]
+    if layer is not None:
+        operands.append(jnp.reshape(layer, (1,)).astype(jnp.int32))
+    body = partial(
+        _kernel,
+        weight=jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), weight),
+        rows=blocks.rows,
+        superblocks=blocks.superblocks,
+        stacked=layer is not None,
+        asm=not interpret,
+    )
+    return pl.pallas_call(
+        body,
+        grid=grid,
+        out_specs=pl.BlockSpec((None, None, blocks.rows), lambda i, k: (k, 0, i)),
+        out_shape=jax.ShapeDtypeStruct((parts, 1, grid[0] * blocks.rows), jnp.float32),
+        compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
+        interpret=interpret,
+        name=NAME,
+    )(*operands)

@@ -1,0 +1,164 @@
+"""The Triton kernel for several rows of x, y = x Ŵᵀ with M > 1.
+
+A group's int6 scale multiplies the f32 sum of its columns (M ≤ 16), or its f16 levels (M > 16); its
+super-scale multiplies the sum of a superblock. As in `triton_decode`, the rows of the sidecars' V are further
+row blocks of the launch, and K may be split over the grid.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float
+
+from pallas_kernels.svsk_matmul.layout import ceil_div
+from pallas_kernels.svsk_matmul.triton_layout import PLANE, ROW_UNIT, SUPERBLOCK, TritonWeight
+from pallas_kernels.svsk_matmul.triton_planes import (
+    LINEAR_STEP,
+    UNITS,
+    byte_plane,
+    companded_plane,
+    fma_f32,
+    linear_plane,
+    small_to_f16,
+)
+from pallas_kernels.svsk_matmul.tuning import Blocks
+
+NAME = "svsk_rows"
+
+
+def _kernel(*refs, weight: TritonWeight, blocks: Blocks, stacked: bool, asm: bool):
+    names = ["x", "words", "scales", "constants"]
+    names += ["super_scales"] if weight.super_scales is not None else []
+    names += ["v"] if weight.v is not None else []
+    names += ["layer"] if stacked else []
+    ref = dict(zip([*names, "out"], refs, strict=True))
+    at = (plgpu.load(ref["layer"].at[jnp.int32(0)]),) if stacked else ()
+    rows, batch = blocks.rows, blocks.batch
+    block, part = pl.program_id(0), pl.program_id(2)
+    base_blocks = weight.padded_rows // rows
+    first = part * blocks.superblocks
+    group = weight.group
+    # Scales on f32 sums cost more the wider x is, scales in the levels the same for any; f16 scales may make
+    # levels too small for f16.
+    on_sums = batch <= 16 or weight.super_scales is None
+    per_plane = PLANE // group
+
+    def x_at(column, width):
+        return plgpu.load(ref["x"].at[:, pl.ds(column, width)]).T
+
+    def base():
+        row = pl.ds(block * rows, rows)
+        constant = block * rows // ROW_UNIT
+        rho, shift, factor = (
+            plgpu.load(ref["constants"].at[(*at, pl.ds(constant, 1), pl.ds(index, 1))]) for index in range(3)
+        )
+        rho, shift = (jnp.broadcast_to(each.astype(jnp.float16), (rows, group)) for each in (rho, shift))
+
+        # Sixteen scales, the least that a product takes; of eight, each twice.
+        scale_index = (row, pl.ds(0, 16))
+        if per_plane < 4:
+            wide = (rows, 16)
+            places = lax.broadcasted_iota(jnp.int32, wide, 1) % (4 * per_plane)
+            scale_index = (block * rows + lax.broadcasted_iota(jnp.int32, wide, 0), places)
+
+        def superblock(i, total):
+            b = first + i
+            product = jnp.zeros((rows, batch), jnp.float32)
+            if on_sums:
+                small = plgpu.load(ref["scales"].at[(*at, b, *scale_index)])
+                small = small_to_f16(small) if weight.super_scales is not None else small
+            for q in range(per_plane):
+                words = plgpu.load(ref["words"].at[(*at, row, pl.ds(b * PLANE + q * group, group))])
+                for plane in range(4):
+                    if weight.companded:
+                        level = companded_plane(words, plane, rho, shift, asm=asm)
+                    else:
+                        level = linear_plane(words, plane, asm=asm)
+                    place = (plane // 2) * 2 * per_plane + 2 * q + plane % 2
+                    x = x_at(b * SUPERBLOCK + plane * PLANE + q * group, group)
+                    if on_sums:
+                        # A product with a unit vector brings a scale to where the sums of its rows are.
+                        one = (lax.broadcasted_iota(jnp.int32, (16, batch), 0) == place).astype(jnp.float16)
+                        product = fma_f32(plgpu.dot(level, x), plgpu.dot(small, one), product, asm=asm)
+                    else:
+                        scale = plgpu.load(ref["scales"].at[(*at, b, row, jnp.int32(place))])
+                        scale = small_to_f16(scale) if weight.super_scales is not None else scale
+                        product = product + plgpu.dot(level * scale[:, None], x)
+            if weight.super_scales is None:
+                return total + product
+            supers = plgpu.load(ref["super_scales"].at[(*at, b, row)]).astype(jnp.float32)
+            return fma_f32(product, jnp.broadcast_to(supers[:, None], product.shape), total, asm=asm)
+
+        total = lax.fori_loop(0, blocks.superblocks, superblock, jnp.zeros((rows, batch), jnp.float32))
+        return total * (
+            jnp.broadcast_to(factor, total.shape) if weight.companded else jnp.float32(1 / LINEAR_STEP)
+        )
+
+    def sidecar():
+        row = (block - base_blocks) * rows + lax.broadcasted_iota(jnp.int32, (rows, PLANE), 0)
+        row = jnp.minimum(row, weight.v.shape[-2] - 1)
+        column = lax.broadcasted_iota(jnp.int32, (rows, PLANE), 1)
+
+        def superblock(i, total):
+            for half in range(2):
+                words = plgpu.load(ref["v"].at[(*at, row, (2 * (first + i) + half) * PLANE + column)])
+                for byte in range(2):
+                    x = x_at((first + i) * SUPERBLOCK + (2 * half + byte) * PLANE, PLANE)
+                    total += plgpu.dot(byte_plane(words, byte, asm=asm), x)
+                    total += plgpu.dot(jnp.full((rows, PLANE), -128 * UNITS[0], jnp.float16), x)
+            return total
+
+        total = lax.fori_loop(0, blocks.superblocks, superblock, jnp.zeros((rows, batch), jnp.float32))
+        return total * (1 / UNITS[0])
+
+    result = base() if weight.v is None else lax.cond(block < base_blocks, base, sidecar)
+    ref["out"][...] = result.T
+
+
+def partial_products(
+    x: Float[Array, "m k"],
+    weight: TritonWeight,
+    blocks: Blocks,
+    *,
+    layer: jax.Array | None = None,
+    interpret: bool = False,
+) -> Float[Array, "parts m rows"]:
+    """Parts of x Ŵᵀ without sidecar, for the weight's padded rows, and after them of x Vᵀ; f32.
+
+    Args:
+        x: f16, padded to whole superblocks and to a multiple of `blocks.batch` rows.
+        weight: laid out, or a stack of them with `layer`.
+        blocks: configuration.
+        layer: index into the stack, int32.
+        interpret: run in interpret mode.
+    """
+    parts = weight.superblocks // blocks.superblocks
+    v_blocks = 0 if weight.v is None else ceil_div(weight.v.shape[-2], blocks.rows)
+    grid = (weight.padded_rows // blocks.rows + v_blocks, x.shape[0] // blocks.batch, parts)
+    operands = [x, weight.words, weight.scales, weight.constants]
+    operands += [each for each in (weight.super_scales, weight.v) if each is not None]
+    if layer is not None:
+        operands.append(jnp.reshape(layer, (1,)).astype(jnp.int32))
+    specs = [pl.BlockSpec((blocks.batch, x.shape[1]), lambda i, m, k: (m, 0))]
+    specs += [pl.BlockSpec(each.shape, partial(lambda n, *_: (0,) * n, each.ndim)) for each in operands[1:]]
+    body = partial(
+        _kernel,
+        weight=jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), weight),
+        blocks=blocks,
+        stacked=layer is not None,
+        asm=not interpret,
+    )
+    return pl.pallas_call(
+        body,
+        grid=grid,
+        in_specs=specs,
+        out_specs=pl.BlockSpec((None, blocks.batch, blocks.rows), lambda i, m, k: (k, m, i)),
+        out_shape=jax.ShapeDtypeStruct((parts, x.shape[0], grid[0] * blocks.rows), jnp.float32),
+        compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
+        interpret=interpret,
+        name=NAME,
+    )(*operands)
