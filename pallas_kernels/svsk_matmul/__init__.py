@@ -2,6 +2,7 @@
 
 from pallas_kernels.svsk_matmul.api import IMPLEMENTATIONS, svsk_matmul
 from pallas_kernels.svsk_matmul.reference import dequantize, take_rows
+from pallas_kernels.svsk_matmul.triton_layout import TritonWeight, lay_out
 from pallas_kernels.svsk_matmul.types import Int8Weight, PackedWeight, Sidecar, SVSKWeight
 
 __all__ = [
@@ -10,7 +11,9 @@ __all__ = [
     "PackedWeight",
     "SVSKWeight",
     "Sidecar",
+    "TritonWeight",
     "dequantize",
+    "lay_out",
     "svsk_matmul",
     "take_rows",
 ]

@@ -2,35 +2,113 @@
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import jax
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
-from pallas_kernels.svsk_matmul import reference
-from pallas_kernels.svsk_matmul.types import PackedWeight
+from pallas_kernels.svsk_matmul import reference, triton
+from pallas_kernels.svsk_matmul.triton_layout import TritonWeight, lay_out
+from pallas_kernels.svsk_matmul.types import Int8Weight, PackedWeight
 
-Implementation = Callable[[jax.Array, PackedWeight], jax.Array]
-IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType({"reference": reference.matmul})
+MINIMUM_CAPABILITY = (8, 0)
+"""Compute capability of the oldest GPUs that the Triton kernels run on: Ampere."""
+
+Weight = PackedWeight | TritonWeight
+Implementation = Callable[[jax.Array, Weight, jax.Array | None], jax.Array]
+
+
+def _reference(x: jax.Array, weight: Weight, layer: jax.Array | None) -> jax.Array:
+    if layer is not None:
+        weight = jax.tree.map(lambda leaf: leaf[layer], weight)
+    if not isinstance(weight, TritonWeight):
+        return reference.matmul(x, weight)
+    dense = triton.restore(weight).astype(x.dtype)
+    return jnp.matmul(x, dense.T, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def _triton(x: jax.Array, weight: Weight, layer: jax.Array | None) -> jax.Array:
+    reason = why_no_triton(x, weight)
+    if reason:
+        raise NotImplementedError(f"svsk_matmul: implementation 'triton' cannot run: {reason}")
+    return _laid_out(x, weight, layer, interpret=False)
+
+
+def _triton_interpret(x: jax.Array, weight: Weight, layer: jax.Array | None) -> jax.Array:
+    return _laid_out(x, weight, layer, interpret=True)
+
+
+def _laid_out(x: jax.Array, weight: Weight, layer: jax.Array | None, *, interpret: bool) -> jax.Array:
+    if isinstance(weight, Int8Weight):
+        raise NotImplementedError("svsk_matmul: there is no Triton kernel for int8 matrices yet")
+    if not isinstance(weight, TritonWeight):
+        weight = jax.vmap(lay_out)(weight) if layer is not None else lay_out(weight)
+    return triton.matmul(x, weight, layer=layer, interpret=interpret)
+
+
+IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
+    {"reference": _reference, "triton": _triton, "triton_interpret": _triton_interpret}
+)
+
+
+def why_no_triton(x: jax.Array, weight: Weight) -> str | None:
+    """Why the Triton kernels can't take this case here, or None if they can."""
+    if isinstance(weight, Int8Weight):
+        return "there is no kernel for int8 matrices yet"
+    if x.dtype not in triton.DTYPES:
+        return f"x must be bf16 or f16, not {x.dtype}"
+    device = target_device()
+    if device.platform not in ("gpu", "cuda"):
+        return f"it needs an NVIDIA GPU, this is {device.platform}"
+    capability = getattr(device, "compute_capability", None)
+    if capability is not None and tuple(map(int, str(capability).split("."))) < MINIMUM_CAPABILITY:
+        return f"it needs compute capability 8.0 or newer, this GPU has {capability}"
+    return None
+
+
+def target_device() -> Any:
+    """The device that code is traced for: that of the mesh in use, maybe abstract, else the default."""
+    of_mesh = jax.sharding.get_abstract_mesh().abstract_device
+    if of_mesh is not None:
+        return of_mesh
+    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    return default if isinstance(default, jax.Device) else jax.devices()[0]
 
 
 def svsk_matmul(
-    x: Float[Array, "*b k"], weight: PackedWeight, implementation: str | None = None
+    x: Float[Array, "*b k"],
+    weight: Weight,
+    implementation: str | None = None,
+    *,
+    layer: Int[Array, ""] | None = None,
 ) -> Float[Array, "*b n"]:
     """y = x Ŵᵀ for a packed weight of shape [N, K]; f32 accumulation, result in x's dtype.
 
-    `implementation` names one of `IMPLEMENTATIONS`; None takes the best that supports the case.
+    Args:
+        x: bf16 or f16 for the kernels, any float dtype for the reference.
+        weight: as stored, or laid out for the kernels once, at load, with `triton_layout.lay_out`; one that
+            is not is laid out on every call that a kernel takes. Several laid out together give their rows
+            one after another.
+        implementation: one of `IMPLEMENTATIONS`; None takes the kernels where the weight is laid out for them
+            and they can run, else the reference. `triton_interpret` runs the kernels' arithmetic anywhere,
+            slowly.
+        layer: index into a stack of weights (a leading axis on every leaf), int32.
 
     Raises:
         ValueError: x's last axis is not K, or an unknown implementation.
+        NotImplementedError: the named implementation can't run; says why.
     """
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"svsk_matmul: x has {x.shape[-1]} columns, the weight {list(weight.shape)} wants "
             f"{weight.shape[1]}"
         )
-    name = implementation or "reference"
-    if name not in IMPLEMENTATIONS:
+    if implementation is None:
+        fits = isinstance(weight, TritonWeight) and why_no_triton(x, weight) is None
+        implementation = "triton" if fits else "reference"
+    if implementation not in IMPLEMENTATIONS:
         raise ValueError(
-            f"svsk_matmul: unknown implementation {name!r}; known are {', '.join(IMPLEMENTATIONS)}"
+            f"svsk_matmul: unknown implementation {implementation!r}; known are {', '.join(IMPLEMENTATIONS)}"
         )
-    return IMPLEMENTATIONS[name](x, weight)
+    return IMPLEMENTATIONS[implementation](x, weight, layer)

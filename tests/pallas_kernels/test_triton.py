@@ -1,0 +1,246 @@
+"""The Triton kernels in interpret mode against float64, and the layout that they read."""
+
+import itertools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh, PartitionSpec
+from weights import random_weight
+
+from pallas_kernels.svsk_matmul import Int8Weight, dequantize, lay_out, svsk_matmul
+from pallas_kernels.svsk_matmul.triton import matmul, restore
+from pallas_kernels.svsk_matmul.tuning import FUSED_LIMIT, Blocks, heuristic
+
+FORMS = {
+    "companded g16": {},
+    "companded g32, rank 16": {"group": 32, "ranks": 16},
+    "linear g16, ranks that differ": {"coefficients": None, "ranks": (0, 40)},
+    "linear g64 flat, column tiles": {
+        "coefficients": None,
+        "group": 64,
+        "flat": True,
+        "ranks": 8,
+        "tile": (128, 128),
+    },
+    "strongly companded, tiles that divide nothing": {
+        "coefficients": (0.014, -0.2),
+        "ranks": (0, 5),
+        "tile": (100, 90),
+    },
+    "rank 128": {"ranks": 128},
+}
+TOLERANCE = {jnp.dtype(jnp.float16): 1e-3, jnp.dtype(jnp.bfloat16): 4e-3}
+lay = jax.jit(lay_out)
+
+
+def exact(x, *weights):
+    """x Ŵᵀ in float64 of all weights."""
+    dense = np.concatenate([np.asarray(dequantize(weight), np.float64) for weight in weights])
+    return np.asarray(x, np.float64) @ dense.T
+
+
+def error(y, expected):
+    """Relative error in the Frobenius norm."""
+    return np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(expected)
+
+
+def normal(rng, *shape, dtype=jnp.float16):
+    return jnp.asarray(rng.standard_normal(shape), dtype)
+
+
+@pytest.mark.parametrize(
+    ("form", "m"),
+    [
+        *itertools.product(FORMS, [1, 7, 64]),
+        ("companded g16", 2),
+        ("linear g16, ranks that differ", 16),
+        ("companded g32, rank 16", 200),
+    ],
+)
+def test_against_float64(form, m):
+    rng = np.random.default_rng(m)
+    weight = random_weight(rng, 200, 330, **FORMS[form])
+    dtype = (jnp.float16, jnp.bfloat16)[m % 2]
+    x = normal(rng, m, 330, dtype=dtype)
+    y = svsk_matmul(x, lay(weight), "triton_interpret")
+    assert (y.shape, y.dtype) == ((m, 200), x.dtype)
+    assert error(y, exact(x, weight)) < TOLERANCE[x.dtype]
+
+
+@pytest.mark.parametrize("shape", [(64, 256), (192, 576), (1, 1), (577, 31), (70, 1100)])
+@pytest.mark.parametrize("m", [1, 3])
+def test_ragged_shapes(shape, m):
+    rng = np.random.default_rng(0)
+    weight = random_weight(rng, *shape, ranks=3)
+    x = normal(rng, m, shape[1], dtype=jnp.bfloat16)
+    assert error(svsk_matmul(x, lay(weight), "triton_interpret"), exact(x, weight)) < 4e-3
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    n=st.integers(1, 300),
+    k=st.integers(1, 700),
+    m=st.integers(1, 20),
+    group=st.sampled_from([16, 32]),
+    rank=st.integers(0, 20),
+    tile=st.tuples(st.integers(1, 300), st.integers(0, 700)),
+    companded=st.booleans(),
+)
+def test_any_shape(n, k, m, group, rank, tile, companded):
+    rng = np.random.default_rng(n * k)
+    weight = random_weight(
+        rng, n, k, group=group, ranks=(0, rank), tile=tile, coefficients=(0.008, 0.3) if companded else None
+    )
+    x = normal(rng, m, k)
+    expected = exact(x, weight)
+    y = np.asarray(svsk_matmul(x, lay(weight), "triton_interpret"), np.float64)
+    # Of single outputs, hence against what they sum.
+    size = np.linalg.norm(np.asarray(x, np.float64)) * np.linalg.norm(np.asarray(dequantize(weight)))
+    assert np.linalg.norm(y - expected) <= 1.5e-3 * max(np.linalg.norm(expected), size / np.sqrt(k))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_layout_holds_the_same_weight(form):
+    weight = random_weight(np.random.default_rng(1), 200, 330, **FORMS[form])
+    np.testing.assert_allclose(restore(lay(weight)), dequantize(weight), rtol=2e-5, atol=2e-6)
+
+
+def test_bytes_of_the_layout():
+    weight = random_weight(np.random.default_rng(1), 512, 1024, ranks=16)
+    # Scales take a byte instead of six bits, ranges and codebook of each 64 rows 28 bytes; v_scale is f32.
+    assert lay(weight).nbytes == weight.nbytes + 512 * 64 // 4 + 8 * 28 + 2 * 16 - 4
+
+
+@pytest.mark.parametrize("m", [1, 40])
+def test_several_weights_in_one_launch(m):
+    rng = np.random.default_rng(2)
+    weights = [
+        random_weight(rng, 100, 300, ranks=4),
+        random_weight(rng, 30, 300, group=32, coefficients=(0.01, 0.1)),
+        random_weight(rng, 64, 300, group=32, coefficients=None, ranks=(0, 9), tile=(32, 0)),
+    ]
+    x = normal(rng, m, 300)
+    y = svsk_matmul(x, lay(weights), "triton_interpret")
+    assert error(y, exact(x, *weights)) < 1e-3
+    assert error(svsk_matmul(x, lay(weights), "reference"), exact(x, *weights)) < 1e-3
+
+
+@pytest.mark.parametrize("m", [1, 4])
+def test_a_layer_of_a_stack(m):
+    rng = np.random.default_rng(3)
+    layers = [random_weight(rng, 70, 300, ranks=3) for _ in range(3)]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(lay, layers))
+    x = normal(rng, m, 300)
+
+    def step(carry, layer):
+        return carry, svsk_matmul(x, stack, "triton_interpret", layer=layer)
+
+    _, ys = jax.jit(lambda: jax.lax.scan(step, 0, jnp.arange(3)))()
+    for y, weight in zip(ys, layers, strict=True):
+        assert error(y, exact(x, weight)) < 1e-3
+
+
+def test_vmap_and_leading_axes():
+    rng = np.random.default_rng(4)
+    weight = random_weight(rng, 70, 300, ranks=3)
+    x = normal(rng, 2, 3, 300)
+    call = partial(svsk_matmul, weight=lay(weight), implementation="triton_interpret")
+    expected = exact(x, weight)
+    assert error(call(x), expected) < 1e-3
+    assert error(jax.vmap(call)(x), expected) < 1e-3
+    assert error(jax.vmap(jax.vmap(call))(x), expected) < 1e-3
+
+
+def test_shard_map_over_rows_of_x():
+    rng = np.random.default_rng(5)
+    weight = random_weight(rng, 70, 300, ranks=3)
+    x = normal(rng, 8, 300)
+    mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
+    call = jax.shard_map(
+        partial(svsk_matmul, implementation="triton_interpret"),
+        mesh=mesh,
+        in_specs=(PartitionSpec("data"), PartitionSpec()),
+        out_specs=PartitionSpec("data"),
+        check_vma=False,
+    )
+    assert error(jax.jit(call)(x, lay(weight)), exact(x, weight)) < 1e-3
+
+
+def test_abstract_values():
+    weight = random_weight(np.random.default_rng(6), 70, 300, ranks=3)
+    laid = jax.eval_shape(lay_out, weight)
+    x = jax.ShapeDtypeStruct((2, 5, 300), jnp.bfloat16)
+    for name in ("reference", "triton_interpret"):
+        y = jax.eval_shape(partial(svsk_matmul, implementation=name), x, laid)
+        assert (y.shape, y.dtype) == ((2, 5, 70), jnp.bfloat16)
+
+
+@pytest.mark.parametrize("magnitude", [1e-20, 1e5, 1e30])
+def test_bf16_of_any_magnitude(magnitude):
+    rng = np.random.default_rng(7)
+    weight = random_weight(rng, 70, 300, ranks=3)
+    x = jnp.asarray(rng.standard_normal((4, 300)) * magnitude, jnp.bfloat16).at[2].set(0)
+    y = svsk_matmul(x, lay(weight), "triton_interpret")
+    assert error(y, exact(x, weight)) < 4e-3
+    assert not np.asarray(y[2]).any()
+
+
+def test_many_rows_restore_the_weight_first():
+    rng = np.random.default_rng(8)
+    weight = random_weight(rng, 70, 300, ranks=3)
+    x = normal(rng, FUSED_LIMIT, 300)
+    calls = jax.make_jaxpr(partial(svsk_matmul, implementation="triton_interpret"))(x, lay(weight))
+    assert "pallas_call" not in str(calls)
+    assert "pallas_call" in str(
+        jax.make_jaxpr(partial(svsk_matmul, implementation="triton_interpret"))(x[:1], lay(weight))
+    )
+    assert error(svsk_matmul(x, lay(weight), "triton_interpret"), exact(x, weight)) < 1e-3
+
+
+def test_a_stored_weight_is_laid_out_on_the_way():
+    rng = np.random.default_rng(9)
+    weight = random_weight(rng, 70, 300, ranks=3)
+    x = normal(rng, 2, 300)
+    assert error(svsk_matmul(x, weight, "triton_interpret"), exact(x, weight)) < 1e-3
+
+
+@pytest.mark.parametrize("m", [1, 2, 16, 17, 64, 300])
+@pytest.mark.parametrize("shape", [(64, 256), (576, 1536), (24576, 4096), (2560, 9728), (960, 576)])
+def test_the_heuristic_fits_every_shape(shape, m):
+    laid = jax.eval_shape(lay_out, random_weight(np.random.default_rng(0), *shape))
+    blocks = heuristic(laid, m)
+    blocks.check(laid, -(-m // blocks.batch) * blocks.batch)
+
+
+def test_no_rows():
+    weight = random_weight(np.random.default_rng(0), 70, 300)
+    assert svsk_matmul(jnp.zeros((0, 300), jnp.float16), lay(weight), "triton_interpret").shape == (0, 70)
+
+
+def test_refusals():
+    rng = np.random.default_rng(10)
+    weight = lay(random_weight(rng, 70, 300))
+    x = normal(rng, 2, 300)
+    with pytest.raises(ValueError, match=r"x has 299 columns, the weight \[70, 300\] wants 300"):
+        svsk_matmul(x[:, 1:], weight)
+    with pytest.raises(ValueError, match="unknown implementation 'cuda'; known are reference, triton"):
+        svsk_matmul(x, weight, "cuda")
+    with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU, this is cpu"):
+        svsk_matmul(x, weight, "triton")
+    with pytest.raises(NotImplementedError, match="bf16 or f16, got float32"):
+        svsk_matmul(x.astype(jnp.float32), weight, "triton_interpret")
+    with pytest.raises(ValueError, match=r"superblocks = 3 does not divide 2, rows = 96 does not divide 128"):
+        matmul(x, weight, blocks=Blocks(rows=96, superblocks=3, warps=2, batch=2))
+    int8 = Int8Weight(
+        values=jnp.zeros((3, 300), jnp.int8), scales=jnp.zeros((3, 5), jnp.float16), shape=(3, 300)
+    )
+    with pytest.raises(NotImplementedError, match="no Triton kernel for int8"):
+        svsk_matmul(x, int8, "triton_interpret")
+    other = random_weight(rng, 70, 301)
+    with pytest.raises(ValueError, match=r"need the same K .* \[\[70, 300\], \[70, 301\]\]"):
+        lay_out([random_weight(rng, 70, 300), other])
