@@ -1,0 +1,237 @@
+"""Compile for a GPU that is not there, with XLA's own compiler, and read what came out: registers, spills,
+and the instructions of the inner loop.
+
+Needs, in the environment of the process, the wheels `jax-cuda13-plugin` and `jax-cuda13-pjrt` of jax's own
+version, `nvidia-cuda-nvcc` 13.0 (for ptxas), `nvidia-cuda-cuobjdump` and `nvidia-cuda-nvdisasm`; `make gate`
+installs them apart. XLA's compiler turns a Triton kernel into PTX, which it writes out on request; ptxas of
+the same CUDA release assembles that again and reports what it used.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+# Before jax sets up its backends: compile without a driver, and run nothing on a GPU.
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+WARP = 32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """A GPU to compile for."""
+
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_bytes: int
+    """Shared memory that a block can ask for."""
+    shared_bytes_per_multiprocessor: int
+    bandwidth: float
+    """Bytes per second of its memory, by its data sheet."""
+    l2_bytes: int
+
+    @property
+    def ptxas(self) -> str:
+        """What ptxas calls it."""
+        major, minor = self.capability
+        return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
+
+
+TARGETS = {
+    "sm_80": Target(
+        name="NVIDIA A100-SXM4-80GB",
+        capability=(8, 0),
+        multiprocessors=108,
+        shared_bytes=166912,
+        shared_bytes_per_multiprocessor=167936,
+        bandwidth=2.04e12,
+        l2_bytes=41943040,
+    ),
+    "sm_89": Target(
+        name="NVIDIA GeForce RTX 4090",
+        capability=(8, 9),
+        multiprocessors=128,
+        shared_bytes=101376,
+        shared_bytes_per_multiprocessor=102400,
+        bandwidth=1.01e12,
+        l2_bytes=75497472,
+    ),
+    "sm_90": Target(
+        name="NVIDIA H100 80GB HBM3",
+        capability=(9, 0),
+        multiprocessors=132,
+        shared_bytes=232448,
+        shared_bytes_per_multiprocessor=233472,
+        bandwidth=3.35e12,
+        l2_bytes=52428800,
+    ),
+    "sm_120": Target(
+        name="NVIDIA RTX PRO 6000 Blackwell",
+        capability=(12, 0),
+        multiprocessors=188,
+        shared_bytes=101376,
+        shared_bytes_per_multiprocessor=102400,
+        bandwidth=1.79e12,
+        l2_bytes=134217728,
+    ),
+}
+"""GPUs that kernels are compiled for, by architecture."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Instruction:
+    """One line of machine code."""
+
+    address: int
+    opcode: str
+    operands: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """A compiled kernel."""
+
+    name: str
+    registers: int
+    stack_bytes: int
+    spilled_bytes: int
+    shared_bytes: int
+    instructions: tuple[Instruction, ...]
+
+    @cached_property
+    def loops(self) -> list[tuple[Instruction, ...]]:
+        """Innermost loops that multiply on tensor cores, the longest first."""
+        spans = []
+        for instruction in self.instructions:
+            if instruction.opcode.startswith("BRA"):
+                found = re.search(r"0x([0-9a-f]+)", instruction.operands)
+                if found and int(found[1], 16) < instruction.address:
+                    spans.append((int(found[1], 16), instruction.address))
+        inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+        bodies = [tuple(i for i in self.instructions if a <= i.address <= b) for a, b in inner]
+        bodies = [body for body in bodies if any(i.opcode.startswith(("HMMA", "HGMMA")) for i in body)]
+        return sorted(bodies, key=len, reverse=True)
+
+    def count(self, pattern: str, body: Sequence[Instruction] | None = None) -> int:
+        """Instructions whose opcode begins with a regular expression, of the kernel or of a part of it."""
+        return sum(bool(re.match(pattern, i.opcode)) for i in (self.instructions if body is None else body))
+
+    def mix(self, body: Sequence[Instruction]) -> Counter[str]:
+        """Opcodes, without their modifiers, and how often each occurs."""
+        return Counter(i.opcode.split(".")[0] for i in body)
+
+
+@cache
+def _mesh(target: str) -> Mesh:
+    card = TARGETS[target]
+    major, minor = card.capability
+    description = f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: {WARP}
+  shared_memory_per_block: 49152
+  shared_memory_per_core: {card.shared_bytes_per_multiprocessor}
+  threads_per_core_limit: {2048 if major != 12 and (major, minor) != (8, 9) else 1536}
+  core_count: {card.multiprocessors}
+  fpus_per_core: {64 if (major, minor) == (8, 0) else 128}
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: {int(card.bandwidth)}
+  l2_cache_size: {card.l2_bytes}
+  clock_rate_ghz: 1.7
+  device_memory_size: 85899345920
+  shared_memory_per_block_optin: {card.shared_bytes}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 12 }}
+runtime_version {{ major: 13 minor: 0 patch: 0 }}
+device_description_str: "{card.name}"
+"""
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=description, topology="1x1x1"
+    )
+    return Mesh(np.array(topology.devices[:1]), ("x",), axis_types=(AxisType.Explicit,))
+
+
+def compile_for(
+    function: Callable[..., Any], arguments: Sequence[Any], target: str
+) -> tuple[jax.stages.Compiled, list[Kernel]]:
+    """Compile `function` of these arguments (arrays, abstract or not) for a target.
+
+    Returns:
+        The compiled function, and its kernels, XLA's own included.
+
+    Raises:
+        ModuleNotFoundError: a wheel is missing.
+        RuntimeError: ptxas or the disassembler failed.
+    """
+    for module in ("jax_cuda13_plugin", "nvidia.cu13"):
+        try:
+            found = importlib.util.find_spec(module)
+        except ModuleNotFoundError:
+            found = None
+        if found is None:
+            raise ModuleNotFoundError(f"compiling for {target} needs {module}; `make gate` installs it")
+    mesh = _mesh(target)
+    sharding = NamedSharding(mesh, PartitionSpec())
+    abstract = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tuple(arguments)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.set_mesh(mesh):
+            compiled = jax.jit(function).lower(*abstract).compile(compiler_options={"xla_dump_to": folder})
+        kernels = [_assemble(path, TARGETS[target]) for path in sorted(Path(folder).glob("*.ptx"))]
+    return compiled, [kernel for kernel in kernels if kernel is not None]
+
+
+def _tool(name: str) -> Path:
+    return Path(next(iter(importlib.import_module("nvidia.cu13").__path__))) / "bin" / name
+
+
+def _run(*command: str | Path) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}: {done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def _assemble(path: Path, target: Target) -> Kernel | None:
+    entry = re.search(r"\.entry (\w+)", path.read_text(encoding="utf-8"))
+    if entry is None:
+        return None
+    cubin = path.with_suffix(".cubin")
+    said = _run(_tool("ptxas"), "-v", f"-arch={target.ptxas}", path, "-o", cubin)
+    code = _run(_tool("cuobjdump"), "--dump-sass", cubin)
+    lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", code)
+
+    def total(pattern: str) -> int:
+        return sum(map(int, re.findall(pattern, said)))
+
+    return Kernel(
+        name=entry[1],
+        registers=total(r"Used (\d+) registers"),
+        stack_bytes=total(r"(\d+) bytes stack"),
+        spilled_bytes=total(r"(\d+) bytes spill"),
+        shared_bytes=total(r"(\d+) bytes smem"),
+        instructions=tuple(Instruction(address=int(a, 16), opcode=o, operands=r) for a, o, r in lines),
+    )
