@@ -48,6 +48,8 @@ def main(arguments: list[str] | None = None) -> None:
         config=CONFIG,
     )
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     warnings.showwarning = _show_warning
     warnings.filterwarnings("ignore", module=r"(orbax|transformers|datasets|huggingface_hub|jax|flax)\b.*")
     try:
@@ -91,8 +93,13 @@ def explain(error: BaseException) -> tuple[int, str]:
     )
 
 
+class _Interrupted(KeyboardInterrupt):
+    """A type of our own: a plain KeyboardInterrupt that passes through `exec`, which dataclasses and others
+    call, makes CPython end the process by SIGINT, whatever its exit status."""
+
+
 def _interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
+    raise _Interrupted
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -269,3 +269,16 @@ def test_interrupt_leaves_nothing(checkpoint, tmp_path):
     assert process.returncode == 1, message
     assert "interrupted" in message
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_interrupt_inside_exec_keeps_the_exit_status(name):
+    script = f"""
+import signal
+from svsk_jax import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)
+cli.Inspect.run = lambda self: exec("signal.raise_signal(signal.{name})", {{"signal": signal}})
+cli.main(["inspect", "--model", "any"])
+"""
+    done = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, "interrupted" in done.stderr) == (1, True), done.stderr
