@@ -1,7 +1,8 @@
 """Products with packed SVSK weights: y = x Ŵᵀ."""
 
-from pallas_kernels.svsk_matmul.api import IMPLEMENTATIONS, svsk_matmul
-from pallas_kernels.svsk_matmul.reference import dequantize, take_rows
+from pallas_kernels.svsk_matmul.api import IMPLEMENTATIONS, svsk_matmul, take_rows
+from pallas_kernels.svsk_matmul.reference import dequantize
+from pallas_kernels.svsk_matmul.triton_int8 import TritonInt8Weight, lay_out_int8
 from pallas_kernels.svsk_matmul.triton_layout import TritonWeight, lay_out
 from pallas_kernels.svsk_matmul.types import Int8Weight, PackedWeight, Sidecar, SVSKWeight
 
@@ -11,9 +12,11 @@ __all__ = [
     "PackedWeight",
     "SVSKWeight",
     "Sidecar",
+    "TritonInt8Weight",
     "TritonWeight",
     "dequantize",
     "lay_out",
+    "lay_out_int8",
     "svsk_matmul",
     "take_rows",
 ]

@@ -6,30 +6,32 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.svsk_matmul import reference, triton
+from pallas_kernels.svsk_matmul import reference, triton, triton_int8, triton_reference
+from pallas_kernels.svsk_matmul.triton_int8 import TritonInt8Weight, lay_out_int8
 from pallas_kernels.svsk_matmul.triton_layout import TritonWeight, lay_out
 from pallas_kernels.svsk_matmul.types import Int8Weight, PackedWeight
 
 MINIMUM_CAPABILITY = (8, 0)
 """Compute capability of the oldest GPUs that the Triton kernels run on: Ampere."""
 
-Weight = PackedWeight | TritonWeight
+Weight = PackedWeight | TritonWeight | TritonInt8Weight
 Implementation = Callable[[jax.Array, Weight, jax.Array | None], jax.Array]
 
 
 def _reference(x: jax.Array, weight: Weight, layer: jax.Array | None) -> jax.Array:
     if layer is not None:
         weight = jax.tree.map(lambda leaf: leaf[layer], weight)
-    if not isinstance(weight, TritonWeight):
+    if not isinstance(weight, TritonWeight | TritonInt8Weight):
         return reference.matmul(x, weight)
-    dense = triton.restore(weight).astype(x.dtype)
+    dense = triton_reference.restore(weight).astype(x.dtype)
     return jnp.matmul(x, dense.T, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 def _triton(x: jax.Array, weight: Weight, layer: jax.Array | None) -> jax.Array:
-    reason = why_no_triton(x, weight)
+    reason = why_no_triton(x)
     if reason:
         raise NotImplementedError(f"svsk_matmul: implementation 'triton' cannot run: {reason}")
     return _laid_out(x, weight, layer, interpret=False)
@@ -41,8 +43,8 @@ def _triton_interpret(x: jax.Array, weight: Weight, layer: jax.Array | None) -> 
 
 def _laid_out(x: jax.Array, weight: Weight, layer: jax.Array | None, *, interpret: bool) -> jax.Array:
     if isinstance(weight, Int8Weight):
-        raise NotImplementedError("svsk_matmul: there is no Triton kernel for int8 matrices yet")
-    if not isinstance(weight, TritonWeight):
+        weight = lay_out_int8(weight)
+    elif not isinstance(weight, TritonWeight | TritonInt8Weight):
         weight = jax.vmap(lay_out)(weight) if layer is not None else lay_out(weight)
     return triton.matmul(x, weight, layer=layer, interpret=interpret)
 
@@ -52,10 +54,8 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
 )
 
 
-def why_no_triton(x: jax.Array, weight: Weight) -> str | None:
-    """Why the Triton kernels can't take this case here, or None if they can."""
-    if isinstance(weight, Int8Weight):
-        return "there is no kernel for int8 matrices yet"
+def why_no_triton(x: jax.Array) -> str | None:
+    """Why the Triton kernels can't take this x here, or None if they can."""
     if x.dtype not in triton.DTYPES:
         return f"x must be bf16 or f16, not {x.dtype}"
     device = target_device()
@@ -87,9 +87,9 @@ def svsk_matmul(
 
     Args:
         x: bf16 or f16 for the kernels, any float dtype for the reference.
-        weight: as stored, or laid out for the kernels once, at load, with `triton_layout.lay_out`; one that
-            is not is laid out on every call that a kernel takes. Several laid out together give their rows
-            one after another.
+        weight: as stored, or laid out for the kernels once, at load, with `lay_out` or `lay_out_int8`; one
+            that is not is laid out on every call that a kernel takes. Several laid out together give their
+            rows one after another.
         implementation: one of `IMPLEMENTATIONS`; None takes the kernels where the weight is laid out for them
             and they can run, else the reference. `triton_interpret` runs the kernels' arithmetic anywhere,
             slowly.
@@ -105,10 +105,19 @@ def svsk_matmul(
             f"{weight.shape[1]}"
         )
     if implementation is None:
-        fits = isinstance(weight, TritonWeight) and why_no_triton(x, weight) is None
+        fits = isinstance(weight, TritonWeight | TritonInt8Weight) and why_no_triton(x) is None
         implementation = "triton" if fits else "reference"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"svsk_matmul: unknown implementation {implementation!r}; known are {', '.join(IMPLEMENTATIONS)}"
         )
     return IMPLEMENTATIONS[implementation](x, weight, layer)
+
+
+def take_rows(
+    weight: Int8Weight | TritonInt8Weight, rows: Int[Array, "*b"], dtype: DTypeLike
+) -> Float[Array, "*b k"]:
+    """Rows of Ŵ by index (an embedding look-up), in `dtype`."""
+    if isinstance(weight, TritonInt8Weight):
+        return triton_int8.take_rows(weight, rows, dtype)
+    return reference.take_rows(weight, rows, dtype)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int8, Int16
 
 from pallas_kernels.svsk_matmul.layout import SUPER_GROUP, ceil_div, pad_axis, unpack_codes, unpack_int6
 from pallas_kernels.svsk_matmul.types import SIDECAR_UNIT, Leaf, Sidecar, SVSKWeight
@@ -35,9 +35,8 @@ class TritonWeight:
       stored as pairs of 32.
     - `constants`: f32 [N / 64, 4] = (ρ, d, f, 0). The kernels' companded level is u x + d with x = STEP · t
       and u = x² + ρ; times f it is t + a t³ - δ. For the linear codebook f = 1 and the rest is not read.
-    - `v`: int16 [R, 128 B], the sidecars' V over the tiles of all weights, zero outside its columns. The low
-      byte of word 64 h + c of a superblock is 128 plus the value of column 128 h + c, the high byte that of
-      column 128 h + 64 + c.
+    - `v`: int16 [R, 128 B], the sidecars' V over the tiles of all weights, zero outside its columns, as
+      `pack_byte_planes` writes it.
     - `v_scale`: f32 [R], the sidecars' scales / 2¹⁴.
     - `u`: int8, for each 64 rows a matrix [64, count]; `ranges`: int32 [N / 64, 3], for each 64 rows the
       first row of `v` that they need, the count of them and where their matrix begins in `u`.
@@ -78,7 +77,7 @@ class TritonWeight:
     @property
     def nbytes(self) -> int:
         """Bytes in memory, padding included."""
-        return _nbytes(self)
+        return nbytes(self)
 
 
 def padded(rows: int) -> int:
@@ -86,8 +85,24 @@ def padded(rows: int) -> int:
     return ROW_UNIT * ceil_div(rows, ROW_UNIT)
 
 
-def _nbytes(tree: object) -> int:
+def nbytes(tree: object) -> int:
+    """Bytes of a tree's arrays."""
     return sum(int(np.prod(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+def pack_byte_planes(values: Int8[Array, "n k"]) -> Int16[Array, "n half"]:
+    """Pairs of bytes: the low one of word 64 h + c of a superblock is 128 plus the value of column 128 h + c,
+    the high one that of column 128 h + 64 + c. K is a multiple of 256."""
+    planes = (values.astype(jnp.int16) + 128).astype(jnp.uint16).reshape(len(values), -1, 2, PLANE)
+    words = planes[:, :, 0] | planes[:, :, 1] << 8
+    return jax.lax.bitcast_convert_type(words.reshape(len(values), -1), jnp.int16)
+
+
+def unpack_byte_planes(words: Int16[Array, "*b half"]) -> Float[Array, "*b k"]:
+    """Inverse of `pack_byte_planes`, as f32."""
+    pairs = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(*words.shape[:-1], -1, 1, PLANE)
+    planes = (pairs >> jnp.asarray([0, 8], jnp.uint16)[:, None]) & 255
+    return planes.astype(jnp.float32).reshape(*words.shape[:-1], -1) - 128.0
 
 
 def lay_out(weights: SVSKWeight | Sequence[SVSKWeight]) -> TritonWeight:
@@ -204,10 +219,7 @@ def _sidecars(
         ranges.append(part)
     u = jnp.concatenate(us)
     v = jnp.concatenate(vs)
-    halves = (v.astype(jnp.int16) + 128).astype(jnp.uint16).reshape(v_rows, -1, 2, 2, PLANE)
-    words = halves[:, :, :, 0] | halves[:, :, :, 1] << 8
-    words = jax.lax.bitcast_convert_type(words.reshape(v_rows, -1), jnp.int16)
-    return words, jnp.concatenate(v_scales), u, jnp.asarray(np.concatenate(ranges))
+    return pack_byte_planes(v), jnp.concatenate(v_scales), u, jnp.asarray(np.concatenate(ranges))
 
 
 def _factors(

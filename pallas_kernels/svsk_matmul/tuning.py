@@ -41,12 +41,17 @@ class Blocks:
             raise ValueError(f"{self}: {', '.join(misfits)}")
 
 
+def batch_of(m: int) -> int:
+    """Rows of x that a program computes of m."""
+    return 1 if m == 1 else next((size for size in (8, 16, 32) if m <= size), 64)
+
+
 def heuristic(weight: TritonWeight, m: int) -> Blocks:
     """A configuration for m rows of x, as the search on an H100 found it for most shapes."""
     if m == 1:
         pair = 2 if weight.superblocks % 2 == 0 else 1
         return Blocks(rows=32, superblocks=pair, warps=2)
-    batch = 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 else 64
+    batch = batch_of(m)
     wide = batch > 16 and all(padded(rows) % 128 == 0 for rows in weight.rows)
     rows, warps = (128, 4) if wide else (64, 4) if batch > 16 else (32, 2)
     programs = weight.padded_rows // rows * ceil_div(m, batch)

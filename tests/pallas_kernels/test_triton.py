@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
 from weights import random_weight
 
-from pallas_kernels.svsk_matmul import Int8Weight, dequantize, lay_out, svsk_matmul
-from pallas_kernels.svsk_matmul.triton import matmul, restore
+from pallas_kernels.svsk_matmul import dequantize, lay_out, svsk_matmul
+from pallas_kernels.svsk_matmul.triton import matmul
+from pallas_kernels.svsk_matmul.triton_reference import restore
 from pallas_kernels.svsk_matmul.tuning import FUSED_LIMIT, Blocks, heuristic
 
 FORMS = {
@@ -190,16 +191,25 @@ def test_bf16_of_any_magnitude(magnitude):
     assert not np.asarray(y[2]).any()
 
 
-def test_many_rows_restore_the_weight_first():
+@pytest.mark.parametrize("form", FORMS)
+def test_many_rows_restore_the_weight_first(form):
     rng = np.random.default_rng(8)
-    weight = random_weight(rng, 70, 300, ranks=3)
+    weight = random_weight(rng, 200, 330, **FORMS[form])
+    dtype = jnp.bfloat16 if form.startswith("linear") else jnp.float16
+    x = normal(rng, FUSED_LIMIT, 330, dtype=dtype)
+    call = partial(svsk_matmul, implementation="triton_interpret")
+    assert "name=svsk_restore" in str(jax.make_jaxpr(call)(x, lay(weight)))
+    assert "name=svsk_restore" not in str(jax.make_jaxpr(call)(x[:1], lay(weight)))
+    assert error(call(x, lay(weight)), exact(x, weight)) < TOLERANCE[x.dtype]
+
+
+def test_many_rows_restore_a_layer_of_a_stack():
+    rng = np.random.default_rng(11)
+    layers = [random_weight(rng, 70, 300, ranks=3) for _ in range(2)]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(lay, layers))
     x = normal(rng, FUSED_LIMIT, 300)
-    calls = jax.make_jaxpr(partial(svsk_matmul, implementation="triton_interpret"))(x, lay(weight))
-    assert "pallas_call" not in str(calls)
-    assert "pallas_call" in str(
-        jax.make_jaxpr(partial(svsk_matmul, implementation="triton_interpret"))(x[:1], lay(weight))
-    )
-    assert error(svsk_matmul(x, lay(weight), "triton_interpret"), exact(x, weight)) < 1e-3
+    y = svsk_matmul(x, stack, "triton_interpret", layer=jnp.int32(1))
+    assert error(y, exact(x, layers[1])) < 1e-3
 
 
 def test_a_stored_weight_is_laid_out_on_the_way():
@@ -236,11 +246,6 @@ def test_refusals():
         svsk_matmul(x.astype(jnp.float32), weight, "triton_interpret")
     with pytest.raises(ValueError, match=r"superblocks = 3 does not divide 2, rows = 96 does not divide 128"):
         matmul(x, weight, blocks=Blocks(rows=96, superblocks=3, warps=2, batch=2))
-    int8 = Int8Weight(
-        values=jnp.zeros((3, 300), jnp.int8), scales=jnp.zeros((3, 5), jnp.float16), shape=(3, 300)
-    )
-    with pytest.raises(NotImplementedError, match="no Triton kernel for int8"):
-        svsk_matmul(x, int8, "triton_interpret")
     other = random_weight(rng, 70, 301)
     with pytest.raises(ValueError, match=r"need the same K .* \[\[70, 300\], \[70, 301\]\]"):
         lay_out([random_weight(rng, 70, 300), other])

@@ -1,0 +1,59 @@
+"""Ŵ from what is laid out for the Triton kernels, by XLA: what runs where a kernel can't."""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from pallas_kernels.svsk_matmul.layout import expand_groups
+from pallas_kernels.svsk_matmul.triton import without_padding
+from pallas_kernels.svsk_matmul.triton_int8 import TritonInt8Weight, take_rows
+from pallas_kernels.svsk_matmul.triton_layout import (
+    PLANE,
+    ROW_UNIT,
+    STEP,
+    SUPERBLOCK,
+    TritonWeight,
+    unpack_byte_planes,
+)
+
+
+def restore(weight: TritonWeight | TritonInt8Weight) -> Float[Array, "n k"]:
+    """Ŵ of all parts, f32, in the reference's order of operations."""
+    if isinstance(weight, TritonInt8Weight):
+        return take_rows(weight, jnp.arange(weight.shape[0]), jnp.float32)
+    n, blocks, half = weight.padded_rows, weight.superblocks, weight.scales.shape[-1] // 2
+    words = lax.bitcast_convert_type(weight.words, jnp.uint16).reshape(n, blocks, 1, PLANE)
+    shifts = jnp.asarray([0, 4, 8, 12], jnp.uint16)[:, None]
+    codes = ((words >> shifts) & 15).astype(jnp.float32).reshape(n, blocks * SUPERBLOCK)
+    # [b, n, j // 2, q, j % 2] → [n, b, j, q]
+    scales = weight.scales.reshape(blocks, n, 2, half // 2, 2).transpose(1, 0, 2, 4, 3).astype(jnp.float32)
+    if weight.super_scales is not None:
+        scales = scales * weight.super_scales.T.astype(jnp.float32)[:, :, None, None, None]
+    scales = expand_groups(scales.reshape(n, -1), weight.group, blocks * SUPERBLOCK)
+    dense = scales * _levels(codes, weight)
+    if weight.v is not None:
+        dense = dense + _restore_sidecar(weight)
+    return without_padding(dense.T, weight.rows).T[:, : weight.columns]
+
+
+def _levels(codes: Float[Array, "n k"], weight: TritonWeight) -> Float[Array, "n k"]:
+    if not weight.companded:
+        return codes - 8.0
+    rho, shift, factor, _ = jnp.repeat(weight.constants, ROW_UNIT, axis=0).T[:, :, None]
+    a, delta = STEP * STEP / rho, -shift * factor
+    t = codes - 7.5
+    return t + a * t * t * t - delta
+
+
+def _restore_sidecar(weight: TritonWeight) -> Float[Array, "n k"]:
+    return jnp.matmul(_dense_u(weight), unpack_byte_planes(weight.v), precision=lax.Precision.HIGHEST)
+
+
+def _dense_u(weight: TritonWeight) -> Float[Array, "n r"]:
+    """U diag(scale) over all rows of V, f32."""
+    first, count, begin = (jnp.repeat(column, ROW_UNIT) for column in weight.ranges.T)
+    row = jnp.arange(weight.padded_rows) % ROW_UNIT
+    column = jnp.arange(weight.v.shape[0]) - first[:, None]
+    alive = (column >= 0) & (column < count[:, None])
+    index = jnp.where(alive, (begin + row * count)[:, None] + column, 0)
+    return jnp.where(alive, weight.u[index].astype(jnp.float32), 0.0) * weight.v_scale

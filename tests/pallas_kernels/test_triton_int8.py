@@ -1,0 +1,56 @@
+"""The Triton kernel for int8 matrices in interpret mode against float64, and its layout."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.svsk_matmul import Int8Weight, dequantize, lay_out_int8, svsk_matmul, take_rows
+from pallas_kernels.svsk_matmul.triton_reference import restore
+from pallas_kernels.svsk_matmul.tuning import FUSED_LIMIT
+
+
+def random_int8(rng, n, k):
+    return Int8Weight(
+        values=jnp.asarray(rng.integers(-128, 128, (n, k)), jnp.int8),
+        scales=jnp.asarray(rng.uniform(0.5, 2, (n, -(-k // 64))) / 1024, jnp.float16),
+        shape=(n, k),
+    )
+
+
+@pytest.mark.parametrize("shape", [(64, 256), (130, 576), (9, 1), (70, 1100)])
+@pytest.mark.parametrize("m", [1, 5, 20, FUSED_LIMIT])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_against_float64(shape, m, dtype):
+    rng = np.random.default_rng(m)
+    weight = random_int8(rng, *shape)
+    x = jnp.asarray(rng.standard_normal((m, shape[1])), dtype)
+    expected = np.asarray(x, np.float64) @ np.asarray(dequantize(weight), np.float64).T
+    laid = lay_out_int8(weight)
+    for implementation in ("triton_interpret", "reference"):
+        y = svsk_matmul(x, laid, implementation)
+        assert (y.shape, y.dtype) == ((m, shape[0]), dtype)
+        error = np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(expected)
+        assert error < (1e-3 if dtype == jnp.float16 else 4e-3)
+
+
+def test_the_layout_holds_the_same_weight():
+    weight = random_int8(np.random.default_rng(0), 130, 330)
+    laid = lay_out_int8(weight)
+    np.testing.assert_array_equal(restore(laid), dequantize(weight))
+    rows = jnp.asarray([[3, 129], [0, 3]])
+    np.testing.assert_array_equal(take_rows(laid, rows, jnp.bfloat16), take_rows(weight, rows, jnp.bfloat16))
+    # 192 padded rows of two superblocks, with four scales each.
+    assert laid.nbytes == 192 * 2 * (256 + 4 * 2)
+
+
+def test_a_stored_weight_is_laid_out_on_the_way_but_no_stack():
+    rng = np.random.default_rng(1)
+    weight = random_int8(rng, 70, 300)
+    x = jnp.asarray(rng.standard_normal((3, 300)), jnp.float16)
+    expected = np.asarray(x, np.float64) @ np.asarray(dequantize(weight), np.float64).T
+    y = svsk_matmul(x, weight, "triton_interpret")
+    assert np.linalg.norm(np.asarray(y, np.float64) - expected) < 1e-3 * np.linalg.norm(expected)
+    stack = jax.tree.map(lambda leaf: leaf[None], lay_out_int8(weight))
+    with pytest.raises(NotImplementedError, match="takes no stack of layers"):
+        svsk_matmul(x, stack, "triton_interpret", layer=jnp.int32(0))
