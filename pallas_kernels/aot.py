@@ -3,7 +3,8 @@ and the instructions of the inner loop.
 
 Needs, in the environment of the process, the wheels `jax-cuda13-plugin` and `jax-cuda13-pjrt` of jax's own
 version, `nvidia-cuda-nvcc` 13.0 (for ptxas), `nvidia-cuda-cuobjdump` and `nvidia-cuda-nvdisasm`; `make gate`
-installs them apart. XLA's compiler turns a Triton kernel into PTX, which it writes out on request; ptxas of
+installs them apart, and the variables `VARIABLES`. XLA's compiler turns a Triton kernel into PTX, which it
+writes out on request; ptxas of
 the same CUDA release assembles that again and reports what it used.
 """
 
@@ -20,16 +21,14 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-# Before jax sets up its backends: compile without a driver, and run nothing on a GPU.
-os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
 import jax
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 WARP = 32
+VARIABLES = ("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "JAX_PLATFORMS")
+"""Of the environment, to be 1 and cpu before jax starts: the plugin asks for a driver otherwise."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +44,8 @@ class Target:
     bandwidth: float
     """Bytes per second of its memory, by its data sheet."""
     l2_bytes: int
+    clock: float
+    """Cycles per second under load."""
 
     @property
     def ptxas(self) -> str:
@@ -62,6 +63,7 @@ TARGETS = {
         shared_bytes_per_multiprocessor=167936,
         bandwidth=2.04e12,
         l2_bytes=41943040,
+        clock=1.41e9,
     ),
     "sm_89": Target(
         name="NVIDIA GeForce RTX 4090",
@@ -71,6 +73,7 @@ TARGETS = {
         shared_bytes_per_multiprocessor=102400,
         bandwidth=1.01e12,
         l2_bytes=75497472,
+        clock=2.52e9,
     ),
     "sm_90": Target(
         name="NVIDIA H100 80GB HBM3",
@@ -80,6 +83,7 @@ TARGETS = {
         shared_bytes_per_multiprocessor=233472,
         bandwidth=3.35e12,
         l2_bytes=52428800,
+        clock=1.7e9,
     ),
     "sm_120": Target(
         name="NVIDIA RTX PRO 6000 Blackwell",
@@ -89,6 +93,7 @@ TARGETS = {
         shared_bytes_per_multiprocessor=102400,
         bandwidth=1.79e12,
         l2_bytes=134217728,
+        clock=2.4e9,
     ),
 }
 """GPUs that kernels are compiled for, by architecture."""
@@ -155,7 +160,7 @@ gpu_device_info {{
   block_dim_limit_z: 65535
   memory_bandwidth: {int(card.bandwidth)}
   l2_cache_size: {card.l2_bytes}
-  clock_rate_ghz: 1.7
+  clock_rate_ghz: {card.clock / 1e9}
   device_memory_size: 85899345920
   shared_memory_per_block_optin: {card.shared_bytes}
   cuda_compute_capability {{ major: {major} minor: {minor} }}
@@ -182,16 +187,16 @@ def compile_for(
         The compiled function, and its kernels, XLA's own included.
 
     Raises:
-        ModuleNotFoundError: a wheel is missing.
+        NotImplementedError: a wheel or one of the two variables is missing.
         RuntimeError: ptxas or the disassembler failed.
     """
-    for module in ("jax_cuda13_plugin", "nvidia.cu13"):
-        try:
-            found = importlib.util.find_spec(module)
-        except ModuleNotFoundError:
-            found = None
-        if found is None:
-            raise ModuleNotFoundError(f"compiling for {target} needs {module}; `make gate` installs it")
+    missing = [module for module in ("jax_cuda13_plugin", "nvidia.cu13") if not _is_installed(module)]
+    missing += [name for name in VARIABLES if name not in os.environ]
+    if missing:
+        raise NotImplementedError(
+            f"compiling for {target}, which is not here, needs {' and '.join(missing)}: `make gate` installs "
+            "what it takes in .venv-gate, and shows the variables to set"
+        )
     mesh = _mesh(target)
     sharding = NamedSharding(mesh, PartitionSpec())
     abstract = jax.tree.map(
@@ -202,6 +207,13 @@ def compile_for(
             compiled = jax.jit(function).lower(*abstract).compile(compiler_options={"xla_dump_to": folder})
         kernels = [_assemble(path, TARGETS[target]) for path in sorted(Path(folder).glob("*.ptx"))]
     return compiled, [kernel for kernel in kernels if kernel is not None]
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _tool(name: str) -> Path:

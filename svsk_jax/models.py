@@ -9,7 +9,9 @@ from jax.typing import DTypeLike
 
 from convert.load import load_parameters
 from convert.source import open_checkpoint
+from pallas_kernels.svsk_matmul import why_no_triton
 from svsk_jax.model.decoder import Decoder
+from svsk_jax.model.laid_out import lay_out_parameters
 from svsk_jax.model.linear import to_dense
 from svsk_jax.model.source import ModelSource
 from svsk_jax.pipeline.checks import default_dtype
@@ -44,8 +46,8 @@ def load_model(
     Args:
         source: from `open_model`.
         dtype: of activations and dense weights; default f32 on CPU, bf16 elsewhere.
-        weights: keep packed matrices packed, or restore them to dense ones, which takes more memory and,
-            where no kernel runs, less time.
+        weights: keep packed matrices packed, laid out for the kernels where these run, or restore them to
+            dense ones, which takes more memory and, where no kernel runs, less time.
         mesh: devices to load onto.
     """
     dtype = default_dtype() if dtype is None else dtype
@@ -56,4 +58,6 @@ def load_model(
             path: value if isinstance(value, jax.Array) else restore(value, dtype=dtype)
             for path, value in parameters.items()
         }
+    elif (mesh is None or mesh.size == 1) and why_no_triton(dtype) is None:
+        parameters = lay_out_parameters(parameters)
     return Decoder(source.config, parameters, dtype)

@@ -1,8 +1,9 @@
-"""Test-wide settings: eight fake CPU devices, strict dtype promotion, no hub."""
+"""Test-wide settings: eight fake CPU devices unless another platform is asked for, strict dtype promotion, no
+hub."""
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -1,6 +1,12 @@
 """Products with packed SVSK weights: y = x Ŵᵀ."""
 
-from pallas_kernels.svsk_matmul.api import IMPLEMENTATIONS, svsk_matmul, take_rows
+from pallas_kernels.svsk_matmul.api import (
+    IMPLEMENTATIONS,
+    LaidOutWeight,
+    svsk_matmul,
+    take_rows,
+    why_no_triton,
+)
 from pallas_kernels.svsk_matmul.reference import dequantize
 from pallas_kernels.svsk_matmul.triton_int8 import TritonInt8Weight, lay_out_int8
 from pallas_kernels.svsk_matmul.triton_layout import TritonWeight, lay_out
@@ -9,6 +15,7 @@ from pallas_kernels.svsk_matmul.types import Int8Weight, PackedWeight, Sidecar, 
 __all__ = [
     "IMPLEMENTATIONS",
     "Int8Weight",
+    "LaidOutWeight",
     "PackedWeight",
     "SVSKWeight",
     "Sidecar",
@@ -19,4 +26,5 @@ __all__ = [
     "lay_out_int8",
     "svsk_matmul",
     "take_rows",
+    "why_no_triton",
 ]

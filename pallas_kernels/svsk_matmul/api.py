@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.svsk_matmul import reference, triton, triton_int8, triton_reference
+from pallas_kernels.svsk_matmul.devices import target_device
 from pallas_kernels.svsk_matmul.triton_int8 import TritonInt8Weight, lay_out_int8
 from pallas_kernels.svsk_matmul.triton_layout import TritonWeight, lay_out
 from pallas_kernels.svsk_matmul.types import Int8Weight, PackedWeight
@@ -17,21 +17,22 @@ from pallas_kernels.svsk_matmul.types import Int8Weight, PackedWeight
 MINIMUM_CAPABILITY = (8, 0)
 """Compute capability of the oldest GPUs that the Triton kernels run on: Ampere."""
 
-Weight = PackedWeight | TritonWeight | TritonInt8Weight
+LaidOutWeight = TritonWeight | TritonInt8Weight
+Weight = PackedWeight | LaidOutWeight
 Implementation = Callable[[jax.Array, Weight, jax.Array | None], jax.Array]
 
 
 def _reference(x: jax.Array, weight: Weight, layer: jax.Array | None) -> jax.Array:
     if layer is not None:
         weight = jax.tree.map(lambda leaf: leaf[layer], weight)
-    if not isinstance(weight, TritonWeight | TritonInt8Weight):
+    if not isinstance(weight, LaidOutWeight):
         return reference.matmul(x, weight)
     dense = triton_reference.restore(weight).astype(x.dtype)
     return jnp.matmul(x, dense.T, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 def _triton(x: jax.Array, weight: Weight, layer: jax.Array | None) -> jax.Array:
-    reason = why_no_triton(x)
+    reason = why_no_triton(x.dtype)
     if reason:
         raise NotImplementedError(f"svsk_matmul: implementation 'triton' cannot run: {reason}")
     return _laid_out(x, weight, layer, interpret=False)
@@ -44,7 +45,7 @@ def _triton_interpret(x: jax.Array, weight: Weight, layer: jax.Array | None) -> 
 def _laid_out(x: jax.Array, weight: Weight, layer: jax.Array | None, *, interpret: bool) -> jax.Array:
     if isinstance(weight, Int8Weight):
         weight = lay_out_int8(weight)
-    elif not isinstance(weight, TritonWeight | TritonInt8Weight):
+    elif not isinstance(weight, LaidOutWeight):
         weight = jax.vmap(lay_out)(weight) if layer is not None else lay_out(weight)
     return triton.matmul(x, weight, layer=layer, interpret=interpret)
 
@@ -54,10 +55,10 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
 )
 
 
-def why_no_triton(x: jax.Array) -> str | None:
-    """Why the Triton kernels can't take this x here, or None if they can."""
-    if x.dtype not in triton.DTYPES:
-        return f"x must be bf16 or f16, not {x.dtype}"
+def why_no_triton(dtype: DTypeLike) -> str | None:
+    """Why the Triton kernels can't take x of this dtype here, or None if they can."""
+    if jnp.dtype(dtype) not in triton.DTYPES:
+        return f"x must be bf16 or f16, not {jnp.dtype(dtype)}"
     device = target_device()
     if device.platform not in ("gpu", "cuda"):
         return f"it needs an NVIDIA GPU, this is {device.platform}"
@@ -65,15 +66,6 @@ def why_no_triton(x: jax.Array) -> str | None:
     if capability is not None and tuple(map(int, str(capability).split("."))) < MINIMUM_CAPABILITY:
         return f"it needs compute capability 8.0 or newer, this GPU has {capability}"
     return None
-
-
-def target_device() -> Any:
-    """The device that code is traced for: that of the mesh in use, maybe abstract, else the default."""
-    of_mesh = jax.sharding.get_abstract_mesh().abstract_device
-    if of_mesh is not None:
-        return of_mesh
-    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
-    return default if isinstance(default, jax.Device) else jax.devices()[0]
 
 
 def svsk_matmul(
@@ -105,7 +97,7 @@ def svsk_matmul(
             f"{weight.shape[1]}"
         )
     if implementation is None:
-        fits = isinstance(weight, TritonWeight | TritonInt8Weight) and why_no_triton(x) is None
+        fits = isinstance(weight, LaidOutWeight) and why_no_triton(x.dtype) is None
         implementation = "triton" if fits else "reference"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(

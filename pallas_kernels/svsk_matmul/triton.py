@@ -4,20 +4,20 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels.svsk_matmul import (
     triton_decode,
     triton_epilogue,
     triton_int8,
+    triton_prepare,
     triton_restore,
     triton_rows,
 )
-from pallas_kernels.svsk_matmul.layout import pad_axis
+from pallas_kernels.svsk_matmul.layout import ceil_div, pad_axis
 from pallas_kernels.svsk_matmul.triton_int8 import TritonInt8Weight
 from pallas_kernels.svsk_matmul.triton_layout import SUPERBLOCK, TritonWeight, padded
-from pallas_kernels.svsk_matmul.tuning import FUSED_LIMIT, Blocks, batch_of, heuristic
+from pallas_kernels.svsk_matmul.tuning import FUSED_LIMIT, Blocks, batch_of, configuration
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 
@@ -40,7 +40,7 @@ def matmul(
         x: bf16 or f16.
         weight: laid out, or with `layer` a stack of them, of which no copy is made.
         layer: index into the stack.
-        blocks: configuration; default the heuristic's.
+        blocks: configuration; default the one tuned for this device, else the heuristic's.
         interpret: run the kernels in interpret mode, on any device.
 
     Raises:
@@ -56,22 +56,25 @@ def matmul(
     m = math.prod(lead)
     if m == 0:
         return jnp.zeros((*lead, weight.shape[0]), x.dtype)
-    flat = pad_axis(x.reshape(m, k), 1, SUPERBLOCK)
+    flat = x.reshape(m, k)
     if m >= FUSED_LIMIT and blocks is None:
         if int8:
             dense = triton_int8.take_rows(weight, jnp.arange(weight.shape[0]), x.dtype)
-            dense = pad_axis(dense, 1, SUPERBLOCK)
         else:
             dense = triton_restore.restore(weight, x.dtype, layer=layer, interpret=interpret)
+            flat = pad_axis(flat, 1, SUPERBLOCK)
         y = jnp.matmul(flat, dense.T, preferred_element_type=jnp.float32).astype(x.dtype)
     elif int8:
         batch = max(8, batch_of(m))
-        small, unit = _to_f16(flat, batch)
+        small, unit = triton_prepare.prepare(flat, batch=batch, interpret=interpret)
         y = triton_int8.matmul(small, unit, weight, x.dtype, batch=batch, interpret=interpret)[:m]
     else:
-        chosen = heuristic(weight, m) if blocks is None else blocks
-        small, unit = _to_f16(flat, chosen.batch)
-        chosen.check(weight, len(small))
+        chosen = configuration(weight, m) if blocks is None else blocks
+        chosen.check(weight, chosen.batch * ceil_div(m, chosen.batch))
+        group = weight.group if chosen.batch == 1 else None
+        small, unit = triton_prepare.prepare(
+            flat, batch=chosen.batch, spread_group=group, interpret=interpret
+        )
         kernel = triton_decode if chosen.batch == 1 else triton_rows
         products = kernel.partial_products(small, weight, chosen, layer=layer, interpret=interpret)
         y = triton_epilogue.finish(products, unit, weight, x.dtype, layer=layer, interpret=interpret)[:m]
@@ -88,18 +91,3 @@ def without_padding(y: Float[Array, "*b padded"], rows: tuple[int, ...]) -> Floa
         parts.append(y[..., start : start + n])
         start += padded(n)
     return jnp.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
-
-
-def _to_f16(x: Float[Array, "m k"], batch: int) -> tuple[Float[Array, "rows k"], Float[Array, "rows"]]:
-    """x divided by a power of two for each row, f16, and these, f32, with rows up to a multiple of `batch`;
-    f16 stays as it is."""
-    if x.dtype == jnp.float16:
-        small, unit = x, jnp.ones(x.shape[0], jnp.float32)
-    else:
-        wide = x.astype(jnp.float32)
-        largest = lax.bitcast_convert_type(jnp.max(jnp.abs(wide), axis=1), jnp.int32)
-        # The largest element becomes 256 to 512.
-        exponent = jnp.maximum((largest & 0x7F800000) - (8 << 23), 1 << 23)
-        unit = lax.bitcast_convert_type(exponent, jnp.float32)
-        small = (wide / unit[:, None]).astype(jnp.float16)
-    return pad_axis(small, 0, batch), pad_axis(unit, 0, batch)

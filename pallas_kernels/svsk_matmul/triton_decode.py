@@ -1,6 +1,6 @@
 """The Triton kernel for one row of x, y = x Ŵᵀ with M = 1.
 
-x is first spread over eight columns, each of which holds the x of one scale group in eight and zeros
+`triton_prepare` spreads x over eight columns, each of which holds the x of one scale group in eight and zeros
 elsewhere, so that one tensor-core product of the bare levels keeps the groups apart and scales are applied to
 128 or 256 columns at once. The rows of the sidecars' V are further row blocks of the same launch. K is split
 over the grid; `triton_epilogue` sums the parts and applies the sidecars' U.
@@ -25,25 +25,16 @@ from pallas_kernels.svsk_matmul.triton_planes import (
     fma_f32,
     small_to_f32,
 )
+from pallas_kernels.svsk_matmul.triton_prepare import SPREAD
 from pallas_kernels.svsk_matmul.tuning import Blocks
 
 NAME = "svsk_decode"
-SPREAD = 8
-"""Columns that x is spread over: the width of a tensor-core product."""
-
-
-def spread(x: Float[Array, "1 k"], group: int) -> Float[Array, "8 k"]:
-    """x with the columns of each scale group in the row that their scales' order in `TritonWeight` says."""
-    k = jnp.arange(x.shape[1])
-    plane, q = (k % SUPERBLOCK) // PLANE, (k % PLANE) // group
-    column = 2 * q + plane % 2 + (0 if group == 16 else (plane // 2) * 4)
-    return jnp.where(jnp.arange(SPREAD)[:, None] == column, x, jnp.zeros_like(x))
 
 
 def _kernel(*refs, weight: TritonWeight, rows: int, superblocks: int, stacked: bool, asm: bool):
     names = ["x", "words", "scales", "constants"]
     names += ["super_scales"] if weight.super_scales is not None else []
-    names += ["v"] if weight.v is not None else []
+    names += ["v", "ranges"] if weight.v is not None else []
     names += ["layer"] if stacked else []
     ref = dict(zip([*names, "out"], refs, strict=True))
     at = (plgpu.load(ref["layer"].at[jnp.int32(0)]),) if stacked else ()
@@ -96,12 +87,13 @@ def _kernel(*refs, weight: TritonWeight, rows: int, superblocks: int, stacked: b
 
     def sidecar():
         row = (block - blocks) * rows + lax.broadcasted_iota(jnp.int32, (rows, PLANE), 0)
-        row = jnp.minimum(row, weight.v.shape[-2] - 1)
+        alive = row < plgpu.load(ref["ranges"].at[(*at, jnp.int32(0), jnp.int32(3))])
         column = lax.broadcasted_iota(jnp.int32, (rows, PLANE), 1)
 
         def superblock(i, total):
             for half in range(2):
-                words = plgpu.load(ref["v"].at[(*at, row, (2 * (first + i) + half) * PLANE + column)])
+                index = (*at, row, (2 * (first + i) + half) * PLANE + column)
+                words = plgpu.load(ref["v"].at[index], mask=alive, other=0)
                 for byte in range(2):
                     x = x_plane(i, 2 * half + byte)
                     total += plgpu.dot(byte_plane(words, byte, asm=asm), x)
@@ -116,7 +108,7 @@ def _kernel(*refs, weight: TritonWeight, rows: int, superblocks: int, stacked: b
 
 
 def partial_products(
-    x: Float[Array, "1 k"],
+    x: Float[Array, "8 k"],
     weight: TritonWeight,
     blocks: Blocks,
     *,
@@ -126,7 +118,7 @@ def partial_products(
     """Parts of x Ŵᵀ without sidecar, for the weight's padded rows, and after them of x Vᵀ; f32.
 
     Args:
-        x: f16, padded to whole superblocks.
+        x: f16, spread for the weight's groups.
         weight: laid out, or a stack of them with `layer`.
         blocks: configuration.
         layer: index into the stack, int32.
@@ -135,8 +127,9 @@ def partial_products(
     parts = weight.superblocks // blocks.superblocks
     v_blocks = 0 if weight.v is None else ceil_div(weight.v.shape[-2], blocks.rows)
     grid = (weight.padded_rows // blocks.rows + v_blocks, parts)
-    operands = [spread(x, weight.group), weight.words, weight.scales, weight.constants]
+    operands = [x, weight.words, weight.scales, weight.constants]
     operands += [each for each in (weight.super_scales, weight.v) if each is not None]
+    operands += [weight.ranges] if weight.v is not None else []
     if layer is not None:
         operands.append(jnp.reshape(layer, (1,)).astype(jnp.int32))
     body = partial(

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int8, Int16
 
 from pallas_kernels.svsk_matmul.layout import SUPER_GROUP, ceil_div, pad_axis, unpack_codes, unpack_int6
-from pallas_kernels.svsk_matmul.types import SIDECAR_UNIT, Leaf, Sidecar, SVSKWeight
+from pallas_kernels.svsk_matmul.triton_sidecar import gather_sidecars
+from pallas_kernels.svsk_matmul.types import Leaf, SVSKWeight
 
 SUPERBLOCK = SUPER_GROUP
 """Columns of a superblock: four planes of 64, one for each nibble of its 64 words."""
@@ -38,8 +40,9 @@ class TritonWeight:
     - `v`: int16 [R, 128 B], the sidecars' V over the tiles of all weights, zero outside its columns, as
       `pack_byte_planes` writes it.
     - `v_scale`: f32 [R], the sidecars' scales / 2¹⁴.
-    - `u`: int8, for each 64 rows a matrix [64, count]; `ranges`: int32 [N / 64, 3], for each 64 rows the
-      first row of `v` that they need, the count of them and where their matrix begins in `u`.
+    - `u`: int8, for each 64 rows a matrix [64, count]; `ranges`: int32 [N / 64, 4], for each 64 rows the
+      first row of `v` that they need, the count of them, where their matrix begins in `u`, and how many rows
+      of `v` are not padding.
 
     `super_scales` is None with flat scales, the last four without any sidecar.
 
@@ -90,6 +93,7 @@ def nbytes(tree: object) -> int:
     return sum(int(np.prod(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
+@jax.jit
 def pack_byte_planes(values: Int8[Array, "n k"]) -> Int16[Array, "n half"]:
     """Pairs of bytes: the low one of word 64 h + c of a superblock is 128 plus the value of column 128 h + c,
     the high one that of column 128 h + 64 + c. K is a multiple of 256."""
@@ -106,7 +110,7 @@ def unpack_byte_planes(words: Int16[Array, "*b half"]) -> Float[Array, "*b k"]:
 
 
 def lay_out(weights: SVSKWeight | Sequence[SVSKWeight]) -> TritonWeight:
-    """The weights, one above the other, for one launch. Compile it with `jax.jit`.
+    """The weights, one above the other, for one launch. It compiles what needs it, by shape.
 
     Where one of several has groups of 16 and another of 32, all get groups of 16, and where one codebook is
     linear and another companded the linear one is written as companded with a = 10⁻⁸.
@@ -124,31 +128,36 @@ def lay_out(weights: SVSKWeight | Sequence[SVSKWeight]) -> TritonWeight:
         )
     group = min(min(weight.group for weight in weights), 32)
     companded = any(weight.coefficients is not None for weight in weights)
-    parts = [_base(weight, group, companded) for weight in weights]
+    bare = [dataclasses.replace(weight, sidecar=None) for weight in weights]
+    parts = [_base(weight, group=group, companded=companded) for weight in bare]
     words, scales, constants = (
         jnp.concatenate(each, axis=axis)
         for each, axis in zip(zip(*[part[:3] for part in parts], strict=True), (0, 1, 0), strict=True)
     )
     two_level = kinds == {"two_level"}
     supers = jnp.concatenate([part[3] for part in parts], axis=1) if two_level else None
-    v, v_scale, u, ranges = _sidecars(weights)
+    rows = tuple(weight.shape[0] for weight in weights)
+    width = SUPERBLOCK * ceil_div(weights[0].shape[1], SUPERBLOCK)
+    sidecars = gather_sidecars([weight.sidecar for weight in weights], rows, width, ROW_UNIT)
+    v, v_scale, u, ranges = (None, None, None, None) if sidecars is None else sidecars
     return TritonWeight(
         words=words,
         scales=scales,
         super_scales=supers,
         constants=constants,
-        v=v,
+        v=None if v is None else pack_byte_planes(v),
         v_scale=v_scale,
         u=u,
         ranges=ranges,
-        rows=tuple(weight.shape[0] for weight in weights),
+        rows=rows,
         columns=weights[0].shape[1],
         group=group,
         companded=companded,
     )
 
 
-def _base(weight: SVSKWeight, group: int, companded: bool) -> tuple[jax.Array, jax.Array, jax.Array, Leaf]:
+@partial(jax.jit, static_argnames=("group", "companded"))
+def _base(weight: SVSKWeight, *, group: int, companded: bool) -> tuple[jax.Array, jax.Array, jax.Array, Leaf]:
     n, k = weight.shape
     codes = pad_axis(pad_axis(unpack_codes(weight.codes, k), 1, SUPERBLOCK), 0, ROW_UNIT)
     planes = codes.reshape(codes.shape[0], -1, 4, PLANE).astype(jnp.uint16)
@@ -180,65 +189,3 @@ def _constants(coefficients: jax.Array | None, companded: bool) -> Float[Array, 
     a = jnp.where(jnp.abs(a) < 1e-8, 1e-8, a)
     rho = STEP * STEP / a
     return jnp.stack([rho, -delta * STEP * rho, 1.0 / (STEP * rho), 0.0 * a])
-
-
-def _sidecars(
-    weights: Sequence[SVSKWeight],
-) -> tuple[Leaf, Leaf, Leaf, Leaf]:
-    if not any(weight.sidecar is not None and sum(map(sum, weight.sidecar.ranks)) for weight in weights):
-        return None, None, None, None
-    vs, v_scales, us, ranges = [], [], [], []
-    v_rows = u_size = 0
-    for weight in weights:
-        n = weight.shape[0]
-        if weight.sidecar is None:
-            ranges.append(np.zeros((padded(n) // ROW_UNIT, 3), np.int32))
-            continue
-        v, v_scale, matrix, first = _factors(weight.sidecar)
-        vs.append(pad_axis(v, 1, SUPERBLOCK))
-        v_scales.append(v_scale)
-        part = np.zeros((padded(n) // ROW_UNIT, 3), np.int32)
-        for block in range(len(part)):
-            start, stop = block * ROW_UNIT, min((block + 1) * ROW_UNIT, n)
-            needed = [
-                (top, bottom, first[i], first[i + 1])
-                for i, (top, bottom) in enumerate(weight.sidecar.row_spans)
-                if top < stop and bottom > start
-            ]
-            low, high = needed[0][2], needed[-1][3]
-            columns = []
-            for top, bottom, begin, end in needed:
-                inside = matrix[begin] if end > begin else jnp.zeros((bottom - top, 0), jnp.int8)
-                cut = inside[max(start, top) - top : min(stop, bottom) - top]
-                before = max(start, top) - start
-                columns.append(jnp.pad(cut, ((before, ROW_UNIT - before - len(cut)), (0, 0))))
-            us.append(jnp.concatenate(columns, axis=1).reshape(-1))
-            part[block] = (v_rows + low, high - low, u_size)
-            u_size += ROW_UNIT * (high - low)
-        v_rows += first[-1]
-        ranges.append(part)
-    u = jnp.concatenate(us)
-    v = jnp.concatenate(vs)
-    return pack_byte_planes(v), jnp.concatenate(v_scales), u, jnp.asarray(np.concatenate(ranges))
-
-
-def _factors(
-    sidecar: Sidecar,
-) -> tuple[jax.Array, jax.Array, dict[int, jax.Array], list[int]]:
-    """V of all tiles over the whole of K, the scale of each of its rows, U of each row tile by its first row
-    of V, and those first rows."""
-    v_at = u_at = 0
-    first = [0]
-    rows, us = [], {}
-    for (start, stop), ranks in zip(sidecar.row_spans, sidecar.ranks, strict=True):
-        height, total = stop - start, sum(ranks)
-        if total:
-            us[first[-1]] = sidecar.u[u_at : u_at + height * total].reshape(height, total)
-        u_at += height * total
-        for (left, right), rank in zip(sidecar.column_spans, ranks, strict=True):
-            size = rank * (right - left)
-            block = sidecar.v[v_at : v_at + size].reshape(rank, right - left)
-            rows.append(jnp.pad(block, ((0, 0), (left, sidecar.shape[1] - right))))
-            v_at += size
-        first.append(first[-1] + total)
-    return jnp.concatenate(rows), sidecar.scale.astype(jnp.float32) * SIDECAR_UNIT, us, first

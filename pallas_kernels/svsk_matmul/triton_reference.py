@@ -51,7 +51,7 @@ def _restore_sidecar(weight: TritonWeight) -> Float[Array, "n k"]:
 
 def _dense_u(weight: TritonWeight) -> Float[Array, "n r"]:
     """U diag(scale) over all rows of V, f32."""
-    first, count, begin = (jnp.repeat(column, ROW_UNIT) for column in weight.ranges.T)
+    first, count, begin, _ = (jnp.repeat(column, ROW_UNIT) for column in weight.ranges.T)
     row = jnp.arange(weight.padded_rows) % ROW_UNIT
     column = jnp.arange(weight.v.shape[0]) - first[:, None]
     alive = (column >= 0) & (column < count[:, None])

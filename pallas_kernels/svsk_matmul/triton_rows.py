@@ -33,7 +33,7 @@ NAME = "svsk_rows"
 def _kernel(*refs, weight: TritonWeight, blocks: Blocks, stacked: bool, asm: bool):
     names = ["x", "words", "scales", "constants"]
     names += ["super_scales"] if weight.super_scales is not None else []
-    names += ["v"] if weight.v is not None else []
+    names += ["v", "ranges"] if weight.v is not None else []
     names += ["layer"] if stacked else []
     ref = dict(zip([*names, "out"], refs, strict=True))
     at = (plgpu.load(ref["layer"].at[jnp.int32(0)]),) if stacked else ()
@@ -100,12 +100,13 @@ def _kernel(*refs, weight: TritonWeight, blocks: Blocks, stacked: bool, asm: boo
 
     def sidecar():
         row = (block - base_blocks) * rows + lax.broadcasted_iota(jnp.int32, (rows, PLANE), 0)
-        row = jnp.minimum(row, weight.v.shape[-2] - 1)
+        alive = row < plgpu.load(ref["ranges"].at[(*at, jnp.int32(0), jnp.int32(3))])
         column = lax.broadcasted_iota(jnp.int32, (rows, PLANE), 1)
 
         def superblock(i, total):
             for half in range(2):
-                words = plgpu.load(ref["v"].at[(*at, row, (2 * (first + i) + half) * PLANE + column)])
+                index = (*at, row, (2 * (first + i) + half) * PLANE + column)
+                words = plgpu.load(ref["v"].at[index], mask=alive, other=0)
                 for byte in range(2):
                     x = x_at((first + i) * SUPERBLOCK + (2 * half + byte) * PLANE, PLANE)
                     total += plgpu.dot(byte_plane(words, byte, asm=asm), x)
@@ -141,6 +142,7 @@ def partial_products(
     grid = (weight.padded_rows // blocks.rows + v_blocks, x.shape[0] // blocks.batch, parts)
     operands = [x, weight.words, weight.scales, weight.constants]
     operands += [each for each in (weight.super_scales, weight.v) if each is not None]
+    operands += [weight.ranges] if weight.v is not None else []
     if layer is not None:
         operands.append(jnp.reshape(layer, (1,)).astype(jnp.int32))
     specs = [pl.BlockSpec((blocks.batch, x.shape[1]), lambda i, m, k: (m, 0))]

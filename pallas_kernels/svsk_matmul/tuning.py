@@ -1,14 +1,20 @@
-"""Block configurations of the Triton kernels."""
+"""Block configurations of the Triton kernels: found by a search on the device, else by rule."""
 
 import dataclasses
+import json
+from functools import cache
+from pathlib import Path
 
+from pallas_kernels.svsk_matmul.devices import target_device
 from pallas_kernels.svsk_matmul.layout import ceil_div
-from pallas_kernels.svsk_matmul.triton_layout import TritonWeight, padded
+from pallas_kernels.svsk_matmul.triton_layout import SUPERBLOCK, TritonWeight, padded
 
 FUSED_LIMIT = 384
 """Rows of x from which restoring the weight first is faster (H100, `docs/decisions/0004-kernels.md`)."""
 WAVE = 700
 """Programs that a launch wants at least, to fill a large GPU."""
+TABLES = Path(__file__).parent / "tuned"
+"""A table for each kind of device, as `svsk tune-kernels` writes it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,9 +32,9 @@ class Blocks:
     batch: int = 1
     """Rows of x that a program computes."""
 
-    def check(self, weight: TritonWeight, m: int) -> None:
-        """ValueError unless the blocks divide the padded weight and m rows of x."""
-        misfits = [
+    def misfits(self, weight: TritonWeight, m: int) -> list[str]:
+        """What does not divide the padded weight and m rows of x."""
+        return [
             f"{name} = {part} does not divide {whole}"
             for name, part, whole in (
                 ("superblocks", self.superblocks, weight.superblocks),
@@ -37,6 +43,10 @@ class Blocks:
             )
             if whole % part
         ]
+
+    def check(self, weight: TritonWeight, m: int) -> None:
+        """ValueError unless the blocks divide the padded weight and m rows of x."""
+        misfits = self.misfits(weight, m)
         if misfits:
             raise ValueError(f"{self}: {', '.join(misfits)}")
 
@@ -44,6 +54,38 @@ class Blocks:
 def batch_of(m: int) -> int:
     """Rows of x that a program computes of m."""
     return 1 if m == 1 else next((size for size in (8, 16, 32) if m <= size), 64)
+
+
+def configuration(weight: TritonWeight, m: int) -> Blocks:
+    """Blocks for m rows of x on the device that code is traced for: those of its table for this shape, where
+    it has them and they fit, else the heuristic's."""
+    batch = batch_of(m)
+    known = table(target_device().device_kind).get(shape_key(weight), {}).get(batch)
+    fits = known is not None and not known.misfits(weight, batch)
+    return known if known is not None and fits else heuristic(weight, m)
+
+
+def shape_key(weight: TritonWeight) -> str:
+    """A weight's padded shape, as tables write it."""
+    return f"{weight.padded_rows}x{weight.superblocks * SUPERBLOCK}"
+
+
+def table_path(device_kind: str, folder: Path = TABLES) -> Path:
+    """Where the table of a kind of device lies."""
+    return folder / f"{device_kind.replace(' ', '_').replace('/', '_')}.json"
+
+
+@cache
+def table(device_kind: str) -> dict[str, dict[int, Blocks]]:
+    """Tuned blocks by padded shape and batch; empty for a kind of device that has not been tuned."""
+    path = table_path(device_kind)
+    if not path.exists():
+        return {}
+    blocks = json.loads(path.read_text(encoding="utf-8"))["blocks"]
+    return {
+        shape: {int(batch): Blocks(**found, batch=int(batch)) for batch, found in batches.items()}
+        for shape, batches in blocks.items()
+    }
 
 
 def heuristic(weight: TritonWeight, m: int) -> Blocks:
@@ -58,3 +100,18 @@ def heuristic(weight: TritonWeight, m: int) -> Blocks:
     divisors = [d for d in range(weight.superblocks, 0, -1) if weight.superblocks % d == 0]
     enough = [d for d in divisors if programs * (weight.superblocks // d) >= WAVE]
     return Blocks(rows=rows, superblocks=enough[0] if enough else 1, warps=warps, batch=batch)
+
+
+def candidates(weight: TritonWeight, batch: int) -> list[Blocks]:
+    """Configurations worth timing, the heuristic's first."""
+    cuts = {1: ((32, 2), (64, 2), (64, 4)), 8: ((32, 2), (64, 4)), 16: ((32, 2), (64, 2), (64, 4))}
+    found = [heuristic(weight, batch)]
+    for rows, warps in cuts.get(batch, ((64, 2), (64, 4), (128, 4))):
+        for superblocks in (1, 2, 4, 8, 16):
+            for stages in (2, 3) if batch == 1 else (2,):
+                blocks = Blocks(rows=rows, superblocks=superblocks, warps=warps, stages=stages, batch=batch)
+                programs = weight.padded_rows // rows * (weight.superblocks // superblocks)
+                few = superblocks > 1 and programs < WAVE // 4
+                if blocks not in found and not blocks.misfits(weight, batch) and not few:
+                    found.append(blocks)
+    return found

@@ -20,6 +20,7 @@ from svsk_jax.cli.export import Export
 from svsk_jax.cli.generate import Generate
 from svsk_jax.cli.inspect import Inspect
 from svsk_jax.cli.quantize import Quantize
+from svsk_jax.cli.tune_kernels import TuneKernels
 from svsk_jax.storage.atomic import write_json
 
 VERBS: dict[str, type[Verb]] = {
@@ -32,6 +33,7 @@ VERBS: dict[str, type[Verb]] = {
     "inspect": Inspect,
     "export": Export,
     "demo": Demo,
+    "tune-kernels": TuneKernels,
 }
 CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 USER_ERROR, OTHER_ERROR = 2, 1

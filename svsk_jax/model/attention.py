@@ -45,7 +45,12 @@ class Attention(nnx.Module):
                 else None
             )
 
-        self.q, self.k, self.v, self.o = linear("q"), linear("k"), linear("v"), linear("o")
+        if "attention.qkv.weight" in parameters:
+            self.qkv = linear("qkv")
+        else:
+            self.qkv = None
+            self.q, self.k, self.v = linear("q"), linear("k"), linear("v")
+        self.o = linear("o")
         self.q_norm, self.k_norm = norm("q_norm"), norm("k_norm")
         self.config = config
 
@@ -60,9 +65,14 @@ class Attention(nnx.Module):
         the grown cache."""
         config = self.config
         x = tap("attention.input", x)
-        q = tap("attention.q", self.q(x)).reshape(*x.shape[:2], config.num_heads, config.head_dim)
-        k = tap("attention.k", self.k(x)).reshape(*x.shape[:2], config.num_kv_heads, config.head_dim)
-        v = tap("attention.v", self.v(x)).reshape(*x.shape[:2], config.num_kv_heads, config.head_dim)
+        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        if self.qkv is None:
+            q, k, v = self.q(x), self.k(x), self.v(x)
+        else:
+            q, k, v = jnp.split(self.qkv(x), (queries, queries + keys), axis=-1)
+        q = tap("attention.q", q).reshape(*x.shape[:2], config.num_heads, config.head_dim)
+        k = tap("attention.k", k).reshape(*x.shape[:2], config.num_kv_heads, config.head_dim)
+        v = tap("attention.v", v).reshape(*x.shape[:2], config.num_kv_heads, config.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         frequencies = jnp.asarray(config.inverse_frequencies)

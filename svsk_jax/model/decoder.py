@@ -25,12 +25,21 @@ class MLP(nnx.Module):
         def linear(name: str) -> Linear:
             return Linear(parameters[f"mlp.{name}.weight"], parameters.get(f"mlp.{name}.bias"))
 
-        self.gate, self.up, self.down = linear("gate"), linear("up"), linear("down")
+        if "mlp.gate_up.weight" in parameters:
+            self.gate_up = linear("gate_up")
+        else:
+            self.gate_up = None
+            self.gate, self.up = linear("gate"), linear("up")
+        self.down = linear("down")
 
     def __call__(self, x: Float[Array, "b t d"], tap: Tap = no_tap) -> Float[Array, "b t d"]:
         """Apply to the last axis."""
         x = tap("mlp.input", x)
-        hidden = jax.nn.silu(tap("mlp.gate", self.gate(x))) * tap("mlp.up", self.up(x))
+        if self.gate_up is None:
+            gate, up = self.gate(x), self.up(x)
+        else:
+            gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
+        hidden = jax.nn.silu(tap("mlp.gate", gate)) * tap("mlp.up", up)
         return tap("mlp.down", self.down(tap("mlp.hidden", hidden)))
 
 

@@ -1,4 +1,4 @@
-"""The only place that cares whether a matrix is dense or packed."""
+"""The only place that cares whether a matrix is dense, packed or laid out for the kernels."""
 
 import jax
 import jax.numpy as jnp
@@ -6,30 +6,33 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.svsk_matmul import Int8Weight, PackedWeight, dequantize, svsk_matmul, take_rows
+from pallas_kernels.svsk_matmul import (
+    Int8Weight,
+    LaidOutWeight,
+    PackedWeight,
+    TritonInt8Weight,
+    dequantize,
+    svsk_matmul,
+    take_rows,
+)
 
-Weight = jax.Array | PackedWeight
+Weight = jax.Array | PackedWeight | LaidOutWeight
 
 
-def is_packed(weight: object) -> bool:
-    """Whether a parameter's value is a packed matrix rather than one array."""
-    return isinstance(weight, PackedWeight)
-
-
-def to_dense(weight: Weight, dtype: DTypeLike) -> Float[Array, "*shape"]:
+def to_dense(weight: jax.Array | PackedWeight, dtype: DTypeLike) -> Float[Array, "*shape"]:
     """A parameter as one dense array of `dtype`."""
     return dequantize(weight, dtype) if isinstance(weight, PackedWeight) else weight.astype(dtype)
 
 
 def project(x: Float[Array, "*b k"], weight: Weight) -> Float[Array, "*b n"]:
-    """y = x Wᵀ with W [N, K] dense or packed; f32 accumulation, y in x's dtype."""
-    if isinstance(weight, PackedWeight):
+    """y = x Wᵀ with W [N, K] of any form; f32 accumulation, y in x's dtype."""
+    if isinstance(weight, PackedWeight | LaidOutWeight):
         return svsk_matmul(x, weight)
     return jnp.matmul(x, weight.T.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 class Linear(nnx.Module):
-    """y = x Wᵀ + b, with W [out, in] dense or packed; f32 accumulation, y in x's dtype."""
+    """y = x Wᵀ + b, with W [out, in] of any form; f32 accumulation, y in x's dtype."""
 
     def __init__(self, weight: Weight, bias: jax.Array | None = None):
         self.weight = nnx.Param(weight)
@@ -44,7 +47,7 @@ class Linear(nnx.Module):
 class Embedding(nnx.Module):
     """Rows of a [vocabulary, hidden] matrix, dense or int8."""
 
-    def __init__(self, weight: jax.Array | Int8Weight):
+    def __init__(self, weight: jax.Array | Int8Weight | TritonInt8Weight):
         self.weight = nnx.Param(weight)
 
     def __call__(self, tokens: Int[Array, "*b"], dtype: DTypeLike) -> Float[Array, "*b d"]:
@@ -52,6 +55,6 @@ class Embedding(nnx.Module):
         weight = self.weight.get_value()
         return (
             take_rows(weight, tokens, dtype)
-            if isinstance(weight, Int8Weight)
+            if isinstance(weight, Int8Weight | TritonInt8Weight)
             else weight[tokens].astype(dtype)
         )

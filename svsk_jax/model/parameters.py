@@ -25,6 +25,12 @@ QUANTIZED_LINEARS = (
 )
 """Paths, within a decoder layer, of the linears that a recipe quantizes."""
 
+JOINED_LINEARS: dict[str, tuple[str, ...]] = {
+    "attention.qkv": ("attention.q", "attention.k", "attention.v"),
+    "mlp.gate_up": ("mlp.gate", "mlp.up"),
+}
+"""Linears of one input that a model may hold as one, their outputs one after another."""
+
 LINEAR_INPUTS: dict[str, str] = {
     "attention.q": "attention.input",
     "attention.k": "attention.input",

@@ -10,48 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
-from weights import random_weight
+from weights import FORMS, TOLERANCE, error, exact, normal, random_weight
 
 from pallas_kernels.svsk_matmul import dequantize, lay_out, svsk_matmul
 from pallas_kernels.svsk_matmul.triton import matmul
 from pallas_kernels.svsk_matmul.triton_reference import restore
 from pallas_kernels.svsk_matmul.tuning import FUSED_LIMIT, Blocks, heuristic
-
-FORMS = {
-    "companded g16": {},
-    "companded g32, rank 16": {"group": 32, "ranks": 16},
-    "linear g16, ranks that differ": {"coefficients": None, "ranks": (0, 40)},
-    "linear g64 flat, column tiles": {
-        "coefficients": None,
-        "group": 64,
-        "flat": True,
-        "ranks": 8,
-        "tile": (128, 128),
-    },
-    "strongly companded, tiles that divide nothing": {
-        "coefficients": (0.014, -0.2),
-        "ranks": (0, 5),
-        "tile": (100, 90),
-    },
-    "rank 128": {"ranks": 128},
-}
-TOLERANCE = {jnp.dtype(jnp.float16): 1e-3, jnp.dtype(jnp.bfloat16): 4e-3}
-lay = jax.jit(lay_out)
-
-
-def exact(x, *weights):
-    """x Ŵᵀ in float64 of all weights."""
-    dense = np.concatenate([np.asarray(dequantize(weight), np.float64) for weight in weights])
-    return np.asarray(x, np.float64) @ dense.T
-
-
-def error(y, expected):
-    """Relative error in the Frobenius norm."""
-    return np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(expected)
-
-
-def normal(rng, *shape, dtype=jnp.float16):
-    return jnp.asarray(rng.standard_normal(shape), dtype)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +32,7 @@ def test_against_float64(form, m):
     weight = random_weight(rng, 200, 330, **FORMS[form])
     dtype = (jnp.float16, jnp.bfloat16)[m % 2]
     x = normal(rng, m, 330, dtype=dtype)
-    y = svsk_matmul(x, lay(weight), "triton_interpret")
+    y = svsk_matmul(x, lay_out(weight), "triton_interpret")
     assert (y.shape, y.dtype) == ((m, 200), x.dtype)
     assert error(y, exact(x, weight)) < TOLERANCE[x.dtype]
 
@@ -79,7 +43,7 @@ def test_ragged_shapes(shape, m):
     rng = np.random.default_rng(0)
     weight = random_weight(rng, *shape, ranks=3)
     x = normal(rng, m, shape[1], dtype=jnp.bfloat16)
-    assert error(svsk_matmul(x, lay(weight), "triton_interpret"), exact(x, weight)) < 4e-3
+    assert error(svsk_matmul(x, lay_out(weight), "triton_interpret"), exact(x, weight)) < 4e-3
 
 
 @settings(max_examples=8, deadline=None)
@@ -99,7 +63,7 @@ def test_any_shape(n, k, m, group, rank, tile, companded):
     )
     x = normal(rng, m, k)
     expected = exact(x, weight)
-    y = np.asarray(svsk_matmul(x, lay(weight), "triton_interpret"), np.float64)
+    y = np.asarray(svsk_matmul(x, lay_out(weight), "triton_interpret"), np.float64)
     # Of single outputs, hence against what they sum.
     size = np.linalg.norm(np.asarray(x, np.float64)) * np.linalg.norm(np.asarray(dequantize(weight)))
     assert np.linalg.norm(y - expected) <= 1.5e-3 * max(np.linalg.norm(expected), size / np.sqrt(k))
@@ -108,13 +72,28 @@ def test_any_shape(n, k, m, group, rank, tile, companded):
 @pytest.mark.parametrize("form", FORMS)
 def test_the_layout_holds_the_same_weight(form):
     weight = random_weight(np.random.default_rng(1), 200, 330, **FORMS[form])
-    np.testing.assert_allclose(restore(lay(weight)), dequantize(weight), rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(restore(lay_out(weight)), dequantize(weight), rtol=2e-5, atol=2e-6)
 
 
 def test_bytes_of_the_layout():
     weight = random_weight(np.random.default_rng(1), 512, 1024, ranks=16)
-    # Scales take a byte instead of six bits, ranges and codebook of each 64 rows 28 bytes; v_scale is f32.
-    assert lay(weight).nbytes == weight.nbytes + 512 * 64 // 4 + 8 * 28 + 2 * 16 - 4
+    # Scales take a byte instead of six bits, ranges and codebook of each 64 rows 32 bytes; V has 64 rows
+    # instead of 16, with f32 scales.
+    assert lay_out(weight).nbytes == weight.nbytes + 512 * 64 // 4 + 8 * 32 - 4 + 48 * 1024 + 64 * 4 - 16 * 2
+
+
+def test_layers_whose_ranks_differ_have_the_same_shapes():
+    rng = np.random.default_rng(12)
+    weights = [random_weight(rng, 512, 256, tile=(128, 0), ranks=(2, 12)) for _ in range(4)]
+    assert len({weight.sidecar.ranks for weight in weights}) == 4
+    assert len({str(jax.eval_shape(lay_out, weight)) for weight in weights}) <= 2
+
+
+def test_concrete_and_traced_layouts_are_equal():
+    weights = [
+        random_weight(np.random.default_rng(13), n, 330, tile=(100, 90), ranks=(0, 5)) for n in (130, 70)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, lay_out(weights), jax.jit(lay_out)(weights))
 
 
 @pytest.mark.parametrize("m", [1, 40])
@@ -126,16 +105,16 @@ def test_several_weights_in_one_launch(m):
         random_weight(rng, 64, 300, group=32, coefficients=None, ranks=(0, 9), tile=(32, 0)),
     ]
     x = normal(rng, m, 300)
-    y = svsk_matmul(x, lay(weights), "triton_interpret")
+    y = svsk_matmul(x, lay_out(weights), "triton_interpret")
     assert error(y, exact(x, *weights)) < 1e-3
-    assert error(svsk_matmul(x, lay(weights), "reference"), exact(x, *weights)) < 1e-3
+    assert error(svsk_matmul(x, lay_out(weights), "reference"), exact(x, *weights)) < 1e-3
 
 
 @pytest.mark.parametrize("m", [1, 4])
 def test_a_layer_of_a_stack(m):
     rng = np.random.default_rng(3)
     layers = [random_weight(rng, 70, 300, ranks=3) for _ in range(3)]
-    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(lay, layers))
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(lay_out, layers))
     x = normal(rng, m, 300)
 
     def step(carry, layer):
@@ -150,7 +129,7 @@ def test_vmap_and_leading_axes():
     rng = np.random.default_rng(4)
     weight = random_weight(rng, 70, 300, ranks=3)
     x = normal(rng, 2, 3, 300)
-    call = partial(svsk_matmul, weight=lay(weight), implementation="triton_interpret")
+    call = partial(svsk_matmul, weight=lay_out(weight), implementation="triton_interpret")
     expected = exact(x, weight)
     assert error(call(x), expected) < 1e-3
     assert error(jax.vmap(call)(x), expected) < 1e-3
@@ -169,7 +148,7 @@ def test_shard_map_over_rows_of_x():
         out_specs=PartitionSpec("data"),
         check_vma=False,
     )
-    assert error(jax.jit(call)(x, lay(weight)), exact(x, weight)) < 1e-3
+    assert error(jax.jit(call)(x, lay_out(weight)), exact(x, weight)) < 1e-3
 
 
 def test_abstract_values():
@@ -186,7 +165,7 @@ def test_bf16_of_any_magnitude(magnitude):
     rng = np.random.default_rng(7)
     weight = random_weight(rng, 70, 300, ranks=3)
     x = jnp.asarray(rng.standard_normal((4, 300)) * magnitude, jnp.bfloat16).at[2].set(0)
-    y = svsk_matmul(x, lay(weight), "triton_interpret")
+    y = svsk_matmul(x, lay_out(weight), "triton_interpret")
     assert error(y, exact(x, weight)) < 4e-3
     assert not np.asarray(y[2]).any()
 
@@ -198,15 +177,15 @@ def test_many_rows_restore_the_weight_first(form):
     dtype = jnp.bfloat16 if form.startswith("linear") else jnp.float16
     x = normal(rng, FUSED_LIMIT, 330, dtype=dtype)
     call = partial(svsk_matmul, implementation="triton_interpret")
-    assert "name=svsk_restore" in str(jax.make_jaxpr(call)(x, lay(weight)))
-    assert "name=svsk_restore" not in str(jax.make_jaxpr(call)(x[:1], lay(weight)))
-    assert error(call(x, lay(weight)), exact(x, weight)) < TOLERANCE[x.dtype]
+    assert "name=svsk_restore" in str(jax.make_jaxpr(call)(x, lay_out(weight)))
+    assert "name=svsk_restore" not in str(jax.make_jaxpr(call)(x[:1], lay_out(weight)))
+    assert error(call(x, lay_out(weight)), exact(x, weight)) < TOLERANCE[x.dtype]
 
 
 def test_many_rows_restore_a_layer_of_a_stack():
     rng = np.random.default_rng(11)
     layers = [random_weight(rng, 70, 300, ranks=3) for _ in range(2)]
-    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(lay, layers))
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(lay_out, layers))
     x = normal(rng, FUSED_LIMIT, 300)
     y = svsk_matmul(x, stack, "triton_interpret", layer=jnp.int32(1))
     assert error(y, exact(x, layers[1])) < 1e-3
@@ -229,12 +208,12 @@ def test_the_heuristic_fits_every_shape(shape, m):
 
 def test_no_rows():
     weight = random_weight(np.random.default_rng(0), 70, 300)
-    assert svsk_matmul(jnp.zeros((0, 300), jnp.float16), lay(weight), "triton_interpret").shape == (0, 70)
+    assert svsk_matmul(jnp.zeros((0, 300), jnp.float16), lay_out(weight), "triton_interpret").shape == (0, 70)
 
 
 def test_refusals():
     rng = np.random.default_rng(10)
-    weight = lay(random_weight(rng, 70, 300))
+    weight = lay_out(random_weight(rng, 70, 300))
     x = normal(rng, 2, 300)
     with pytest.raises(ValueError, match=r"x has 299 columns, the weight \[70, 300\] wants 300"):
         svsk_matmul(x[:, 1:], weight)

@@ -1,10 +1,45 @@
-"""Random packed weights of any form that the format allows."""
+"""Random packed weights of any form that the format allows, and their products in float64."""
 
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.svsk_matmul import Sidecar, SVSKWeight
+from pallas_kernels.svsk_matmul import Sidecar, SVSKWeight, dequantize
 from pallas_kernels.svsk_matmul.layout import ceil_div, pack_codes, pack_int6, tile_spans
+
+FORMS = {
+    "companded g16": {},
+    "companded g32, rank 16": {"group": 32, "ranks": 16},
+    "linear g16, ranks that differ": {"coefficients": None, "ranks": (0, 40)},
+    "linear g64 flat, column tiles": {
+        "coefficients": None,
+        "group": 64,
+        "flat": True,
+        "ranks": 8,
+        "tile": (128, 128),
+    },
+    "strongly companded, tiles that divide nothing": {
+        "coefficients": (0.014, -0.2),
+        "ranks": (0, 5),
+        "tile": (100, 90),
+    },
+    "rank 128": {"ranks": 128},
+}
+TOLERANCE = {jnp.dtype(jnp.float16): 1e-3, jnp.dtype(jnp.bfloat16): 4e-3}
+
+
+def exact(x, *weights):
+    """x Ŵᵀ in float64 of all weights."""
+    dense = np.concatenate([np.asarray(dequantize(weight), np.float64) for weight in weights])
+    return np.asarray(x, np.float64) @ dense.T
+
+
+def error(y, expected):
+    """Relative error in the Frobenius norm."""
+    return np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(expected)
+
+
+def normal(rng, *shape, dtype=jnp.float16):
+    return jnp.asarray(rng.standard_normal(shape), dtype)
 
 
 def random_weight(

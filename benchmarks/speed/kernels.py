@@ -1,0 +1,192 @@
+"""Speed of y = x Ŵᵀ by the kernels, on a GPU, beside what else can compute it; on a CPU what compiling tells.
+
+    python -m benchmarks.speed.kernels [--models Qwen3-8B] [--rows 1 16] [--json results.json]
+    python -m benchmarks.speed.kernels --plot results.json plot.svg
+
+Correctness is the business of tests/pallas_kernels/test_device.py, which runs the kernels on the same device.
+
+Every time is on the device, by its profiler: the sum of all kernels of a call, median of 24 calls, each on
+another copy of the weight, so that no weight is in the cache. `kernel` is the product alone, without what
+prepares x and without the epilogue that adds the sidecar. `floor` is a kernel that only reads as many bytes
+as the weight has; `bf16` is x Wᵀ by XLA; `restore` restores Ŵ and multiplies by XLA; `rank 0` has no sidecar
+and `linear` no companding either; tinygemm is torch's _weight_int4pack_mm with groups of 128, which has
+4.25 bits per weight and no sidecar.
+"""
+
+import argparse
+import datetime
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.speed.kernel_peers import peer_calls
+from benchmarks.speed.read_floor import floor_calls
+from pallas_kernels.device_time import call_times
+from pallas_kernels.svsk_matmul import lay_out, svsk_matmul, triton_decode, triton_restore, triton_rows
+from pallas_kernels.svsk_matmul.figures import abstract_weight, compiled_figures, estimate
+from pallas_kernels.svsk_matmul.search import LAUNCHES, WORKING_SET, compile_all, copies
+from pallas_kernels.svsk_matmul.shapes import MODELS
+from pallas_kernels.svsk_matmul.synthetic import random_weight
+from pallas_kernels.svsk_matmul.triton_layout import TritonWeight
+from pallas_kernels.svsk_matmul.tuning import heuristic
+
+ROWS = (1, 8, 16, 64, 2048)
+TARGETS = ("sm_80", "sm_89", "sm_90", "sm_120")
+
+
+def rotating(function: Callable[..., Any], x: jax.Array, weights: list[Any]) -> Callable[[int], Any]:
+    return lambda index: function(x, weights[index % len(weights)])
+
+
+def restored(x: jax.Array, weight: TritonWeight) -> jax.Array:
+    dense = triton_restore.restore(weight, x.dtype)
+    return jnp.matmul(x, dense.T, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def dense(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return jnp.matmul(x, weight.T, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def svsk_calls(n: int, k: int, m: int) -> tuple[dict[str, Callable[[int], Any]], int]:
+    """Our calls and XLA's, and the bytes of the weight."""
+    x = jax.random.normal(jax.random.key(m), (m, k), jnp.bfloat16)
+    forms = {"svsk": {}, "rank 0": {"rank": 0}, "linear": {"rank": 0, "companded": False}}
+    calls: dict[str, Callable[[int], Any]] = {}
+    nbytes = 0
+    for name, form in forms.items():
+        weights = copies(lay_out(random_weight(jax.random.key(1), n, k, **form)))
+        functions: dict[str, Callable[..., Any]] = {name: svsk_matmul}
+        if name == "svsk":
+            nbytes = weights[0].nbytes
+            functions |= {} if m >= 384 else {"restore": restored}
+        for known, compiled in zip(
+            functions, compile_all(list(functions.values()), x, weights[0]), strict=True
+        ):
+            calls[known] = rotating(compiled, x, weights)
+    count = min(LAUNCHES, 1 + WORKING_SET // (2 * n * k))
+    matrices = [jax.random.normal(jax.random.key(i), (n, k), jnp.bfloat16) for i in range(count)]
+    [compiled] = compile_all([dense], x, matrices[0])
+    calls["bf16"] = rotating(compiled, x, matrices)
+    return calls, nbytes
+
+
+def measure(model: str, launch: str, n: int, k: int, m: int) -> dict[str, Any]:
+    calls, nbytes = svsk_calls(n, k, m)
+    calls |= floor_calls(nbytes, WORKING_SET)
+    row: dict[str, Any] = {"model": model, "launch": launch, "n": n, "k": k, "m": m, "bytes": nbytes}
+    timed = dict(zip(calls, call_times(list(calls.values()), LAUNCHES), strict=True))
+    try:
+        peers = peer_calls(n, k, m, WORKING_SET)
+        timed |= dict(zip(peers, call_times(list(peers.values()), LAUNCHES), strict=True)) if peers else {}
+    except (RuntimeError, ImportError, TypeError, ValueError) as error:
+        row["peers failed"] = f"{type(error).__name__}: {error}"[:300]
+    for name, launches in timed.items():
+        row[name] = statistics.median(sum(time for _, time in each) for each in launches)
+    products = (triton_decode.NAME, triton_rows.NAME, triton_restore.NAME)
+    row["kernel"] = statistics.median(
+        sum(time for name, time in each if name in products) for each in timed["svsk"]
+    )
+    row["launches"] = [name for name, _ in timed["svsk"][0]]
+    row["floor"] = min(row.pop(name) for name in list(row) if name.startswith("floor "))
+    return row
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    peers = [name for name in ("tinygemm", "gemlite", "bitsandbytes nf4") if any(name in row for row in rows)]
+    names = ["svsk", "kernel", "floor", "rank 0", "linear", "restore", "bf16", *peers]
+    lines = [
+        "| matrix | M | MB | " + " | ".join(f"{name}, µs" for name in names) + " | floor / kernel |",
+        "|---|---:|---:|" + "---:|" * (len(names) + 1),
+    ]
+    for row in rows:
+        cells = [f"{row[name]:.1f}" if name in row else "–" for name in names]
+        title = f"{row['model']} {row['launch']} {row['n']} × {row['k']}"
+        share = row["floor"] / row["kernel"]
+        lines.append(
+            f"| {title} | {row['m']} | {row['bytes'] / 1e6:.1f} | " + " | ".join(cells) + f" | {share:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def static_table(models: list[str]) -> str:
+    """Of one shape of each model, without a GPU."""
+    lines = ["| matrix | target | M | MB | instructions / weight | registers | estimate, µs |"]
+    lines.append("|---|---|---:|---:|---:|---:|---:|")
+    for model in models:
+        n, k = MODELS[model]["gate_up"]
+        weight = abstract_weight(n, k)
+        for target in TARGETS:
+            for m in (1, 8, 16, 64):
+                figures = compiled_figures(weight, m, target)
+                time = estimate(figures, weight, m, heuristic(weight, m))
+                lines.append(
+                    f"| {model} gate_up {n} × {k} | {target} | {m} | {weight.nbytes / 1e6:.1f} | "
+                    f"{figures.instructions:.2f} | {figures.registers} | {time:.1f} |"
+                )
+    return "\n".join(lines)
+
+
+def plot(source: Path, target: Path) -> None:
+    """Time of every matrix over its read floor, by rows of x."""
+    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+
+    document = json.loads(source.read_text(encoding="utf-8"))
+    counts = sorted({row["m"] for row in document["rows"] if row["m"] < 384})
+    figure = Figure(figsize=(4 * len(counts), 3.6), layout="tight")
+    axes = figure.subplots(1, len(counts), sharey=True, squeeze=False)[0]
+    for axis, m in zip(axes, counts, strict=True):
+        rows = sorted((row for row in document["rows"] if row["m"] == m), key=lambda row: row["bytes"])
+        sizes = [row["bytes"] / 1e6 for row in rows]
+        for name, style in (("svsk", "o-"), ("bf16", "s--"), ("tinygemm", "^:"), ("floor", "k-")):
+            if all(name in row for row in rows):
+                axis.plot(sizes, [row[name] for row in rows], style, label=name, markersize=4)
+        axis.set(xscale="log", yscale="log", xlabel="MB of packed weight", title=f"M = {m}")
+    axes[0].set_ylabel("µs")
+    axes[0].legend()
+    figure.suptitle(f"{document['device']}, {document['date']}")
+    figure.savefig(target)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", default=["Qwen3-0.6B", "Qwen3-4B", "Qwen3-8B"], choices=MODELS)
+    parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", nargs=2, type=Path, metavar=("RESULTS", "PLOT"))
+    flags = parser.parse_args()
+    if flags.plot:
+        plot(*flags.plot)
+        return
+    if jax.default_backend() != "gpu":
+        print("no GPU here: nothing is timed; bytes, compiled figures and roofline estimates")
+        print(static_table(flags.models))
+        return
+    document: dict[str, Any] = {
+        "device": jax.devices()[0].device_kind,
+        "date": datetime.date.today().isoformat(),
+        "jax": jax.__version__,
+        "launches": LAUNCHES,
+        "rows": [],
+    }
+    known: dict[tuple[int, int, int], dict[str, Any]] = {}
+    for model in flags.models:
+        for launch, (n, k) in MODELS[model].items():
+            for m in flags.rows:
+                if (n, k, m) not in known:
+                    known[n, k, m] = measure(model, launch, n, k, m)
+                    document["rows"].append(known[n, k, m])
+                    if flags.json:
+                        flags.json.write_text(json.dumps(document, indent=1), encoding="utf-8")
+    print(f"{document['device']}, {document['date']}, jax {document['jax']}")
+    print(table(document["rows"]))
+
+
+if __name__ == "__main__":
+    main()

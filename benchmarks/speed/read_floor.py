@@ -1,0 +1,43 @@
+"""A kernel that only reads: how fast a device's memory lets any kernel go over so many bytes."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+CHUNKS = (2048, 4096, 8192)
+"""Words of 32 bits that a program reads; the fastest counts."""
+
+
+def _kernel(data_ref, out_ref):
+    out_ref[...] = jnp.sum(data_ref[...].reshape(-1, 8), axis=0)
+
+
+def read(data: jax.Array, *, chunk: int) -> jax.Array:
+    """Sums of an int32 vector, eight for each chunk of it."""
+    programs = data.shape[0] // chunk
+    return pl.pallas_call(
+        _kernel,
+        grid=(programs,),
+        in_specs=[pl.BlockSpec((chunk,), lambda i: (i,))],
+        out_specs=pl.BlockSpec((None, 8), lambda i: (i, 0)),
+        out_shape=jax.ShapeDtypeStruct((programs, 8), jnp.int32),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        name="read_floor",
+    )(data)
+
+
+def floor_calls(nbytes: int, working_set: int) -> dict[str, Callable[[int], Any]]:
+    """For each chunk a call that reads another `nbytes`, rounded up to whole chunks, at every launch."""
+    words = -(-nbytes // (4 * max(CHUNKS))) * max(CHUNKS)
+    count = min(24, 1 + working_set // (4 * words))
+    buffers = [jnp.arange(words, dtype=jnp.int32) + index for index in range(count)]
+    compiled = [jax.jit(partial(read, chunk=chunk)).lower(buffers[0]).compile() for chunk in CHUNKS]
+    return {
+        f"floor {chunk}": lambda index, run=run: run(buffers[index % count])
+        for chunk, run in zip(CHUNKS, compiled, strict=True)
+    }

@@ -1,0 +1,42 @@
+"""Parameters of a model for the GPU kernels."""
+
+from collections.abc import MutableMapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.svsk_matmul import Int8Weight, SVSKWeight, lay_out, lay_out_int8
+from svsk_jax.model.parameters import JOINED_LINEARS
+
+
+def lay_out_parameters(parameters: MutableMapping[str, Any]) -> dict[str, Any]:
+    """The parameters with their packed matrices laid out for the kernels, and those that read the same input
+    joined (`JOINED_LINEARS`) where all are packed with the same kind of scales.
+
+    Takes them out of `parameters` on the way, so that no more than one is held twice.
+    """
+    result = {}
+    for joined, names in JOINED_LINEARS.items():
+        for first in [path for path in parameters if path.endswith(f"{names[0]}.weight")]:
+            prefix = first.removesuffix(f"{names[0]}.weight")
+            weights = [parameters[f"{prefix}{name}.weight"] for name in names]
+            if not all(isinstance(weight, SVSKWeight) for weight in weights):
+                continue
+            if len({weight.scale_kind for weight in weights}) > 1:
+                continue
+            result[f"{prefix}{joined}.weight"] = lay_out(weights)
+            biases = [f"{prefix}{name}.bias" for name in names]
+            if biases[0] in parameters:
+                result[f"{prefix}{joined}.bias"] = jnp.concatenate([parameters.pop(bias) for bias in biases])
+            for name in names:
+                del parameters[f"{prefix}{name}.weight"]
+    int8 = jax.jit(lay_out_int8)
+    for path in list(parameters):
+        value = parameters.pop(path)
+        if isinstance(value, SVSKWeight):
+            value = lay_out(value)
+        elif isinstance(value, Int8Weight):
+            value = int8(value)
+        result[path] = value
+    return result
