@@ -1,6 +1,8 @@
 """Time of kernels on a GPU, by its profiler."""
 
+import statistics
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,38 +13,53 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 MARK = "svsk_mark"
-Launch = list[tuple[str, float]]
-"""Kernels of one call in order: name and microseconds."""
+WITHOUT_GRAPHS = "--xla_gpu_enable_command_buffer="
+"""An XLA flag that a process which times kernels needs: the profiler does not see into CUDA graphs."""
+Times = dict[str, float]
+"""Microseconds of one call, by kernel."""
 
 
-def call_times(calls: Sequence[Callable[[int], Any]], launches: int) -> list[list[Launch]]:
-    """The kernels that each call runs on the device, for each of `launches` times that it is called.
+def chain(function: Callable[..., Any], operands: Sequence[tuple[Any, ...]]) -> Callable[[], Any]:
+    """A compiled call that applies a function to each of several operands, one launch after another as in a
+    model: kernels find the device busy, and in its cache what the others left."""
+    compiled = (
+        jax.jit(lambda operands: [function(*each) for each in operands]).lower(list(operands)).compile()
+    )
+    return lambda: compiled(list(operands))
 
-    A call is given the number of the launch, from 0, so that it can take other operands than the last; it
-    ends when what it returns is ready. All are warmed up before the trace.
+
+def call_times(chains: Sequence[Callable[[], Any]], length: int, repeats: int = 3) -> list[Times]:
+    """For each of several chains of `length` equal calls, the kernels of a call: medians over all calls,
+    times how often a call runs the kernel.
 
     Raises:
-        RuntimeError: the trace shows no kernel, as on a machine without a GPU.
+        RuntimeError: the trace does not show every chain, as on a machine without a GPU.
     """
     mark = jax.jit(_mark).lower(jnp.zeros(16, jnp.float32)).compile()
     zeros = jnp.zeros(16, jnp.float32)
 
-    def run(times: int) -> None:
-        for call in calls:
-            for index in range(times):
-                mark(zeros).block_until_ready()
-                jax.block_until_ready(call(index))
+    def run() -> None:
+        for each in chains:
+            mark(zeros).block_until_ready()
+            jax.block_until_ready([each() for _ in range(repeats)])
 
-    run(2)
-    found: list[Launch] = []
-    for name, duration in _traced(lambda: run(launches)):
+    run()
+    found: list[list[tuple[str, float]]] = []
+    for name, duration in _traced(run):
         if name == MARK:
             found.append([])
         elif found:
             found[-1].append((name, duration))
-    if len(found) != len(calls) * launches:
-        raise RuntimeError(f"the profiler saw {len(found)} of {len(calls) * launches} calls; is there a GPU?")
-    return [found[index * launches : (index + 1) * launches] for index in range(len(calls))]
+    if len(found) != len(chains):
+        raise RuntimeError(f"the profiler saw {len(found)} of {len(chains)} chains of calls; is there a GPU?")
+    return [_of_a_call(launches, length * repeats) for launches in found]
+
+
+def _of_a_call(launches: list[tuple[str, float]], calls: int) -> Times:
+    durations: dict[str, list[float]] = defaultdict(list)
+    for name, duration in launches:
+        durations[name].append(duration)
+    return {name: statistics.median(all_) * len(all_) / calls for name, all_ in durations.items()}
 
 
 def _traced(run: Callable[[], Any]) -> list[tuple[str, float]]:

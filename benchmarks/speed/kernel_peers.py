@@ -5,39 +5,37 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
-Call = Callable[[int], Any]
+Chain = Callable[[], Any]
 GROUP = 128
 
 
-class TorchCall:
-    """A torch call whose result is waited for."""
+def torch_chain(function: Callable[..., Any], operands: list[tuple[Any, ...]], launches: int) -> Chain:
+    """As `device_time.chain`, of torch."""
+    import torch
 
-    def __init__(self, function: Callable[..., Any], operands: list[tuple[Any, ...]]):
-        self.function, self.operands = function, operands
-
-    def __call__(self, index: int) -> None:
-        """Run on the operands of a launch."""
-        import torch
-
+    def run() -> None:
         with torch.inference_mode():
-            self.function(*self.operands[index % len(self.operands)])
+            for index in range(launches):
+                function(*operands[index % len(operands)])
         torch.cuda.synchronize()
 
+    return run
 
-def peer_calls(n: int, k: int, m: int, working_set: int) -> dict[str, Call]:
+
+def peer_chains(n: int, k: int, m: int, working_set: int, launches: int) -> dict[str, Chain]:
     """Products of m rows of x with an [n, k] weight in 4 bits, groups of 128, by what is installed."""
-    calls: dict[str, Call] = {}
+    calls: dict[str, Chain] = {}
     if importlib.util.find_spec("torch") is None:
         return calls
     import torch
 
     if not torch.cuda.is_available():
         return calls
-    count = min(24, 1 + working_set // (n * k // 2))
+    count = min(launches, 1 + working_set // (n * k // 2))
     x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
     weights = [_tinygemm_weight(n, k) for _ in range(count)]
-    calls["tinygemm"] = TorchCall(
-        lambda weight, scales: torch.ops.aten._weight_int4pack_mm(x, weight, GROUP, scales), weights
+    calls["tinygemm"] = torch_chain(
+        lambda weight, scales: torch.ops.aten._weight_int4pack_mm(x, weight, GROUP, scales), weights, launches
     )
     if importlib.util.find_spec("bitsandbytes") is not None:
         bnb = importlib.import_module("bitsandbytes")
@@ -47,11 +45,11 @@ def peer_calls(n: int, k: int, m: int, working_set: int) -> dict[str, Call]:
             )
             for _ in range(count)
         ]
-        calls["bitsandbytes nf4"] = TorchCall(
-            lambda weight, state: bnb.matmul_4bit(x, weight.t(), quant_state=state), quantized
+        calls["bitsandbytes nf4"] = torch_chain(
+            lambda weight, state: bnb.matmul_4bit(x, weight.t(), quant_state=state), quantized, launches
         )
     if importlib.util.find_spec("gemlite") is not None:
-        calls["gemlite"] = _gemlite_call(n, k, x, count)
+        calls["gemlite"] = torch_chain(lambda layer: layer(x), _gemlite_layers(n, k, count), launches)
     return calls
 
 
@@ -64,7 +62,7 @@ def _tinygemm_weight(n: int, k: int) -> tuple[Any, Any]:
     return packed, scales
 
 
-def _gemlite_call(n: int, k: int, x: Any, count: int) -> Call:
+def _gemlite_layers(n: int, k: int, count: int) -> list[tuple[Any]]:
     import torch
 
     gemlite = importlib.import_module("gemlite")
@@ -82,4 +80,4 @@ def _gemlite_call(n: int, k: int, x: Any, count: int) -> Call:
         scales = torch.rand(n, k // GROUP, dtype=torch.bfloat16, device="cuda")
         layer.pack(codes, scales, torch.full_like(scales, 8.0), bias=None)
         layers.append((layer,))
-    return TorchCall(lambda layer: layer(x), layers)
+    return layers

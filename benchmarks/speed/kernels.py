@@ -5,9 +5,9 @@
 
 Correctness is the business of tests/pallas_kernels/test_device.py, which runs the kernels on the same device.
 
-Every time is on the device, by its profiler: the sum of all kernels of a call, median of 24 calls, each on
-another copy of the weight, so that no weight is in the cache. `kernel` is the product alone, without what
-prepares x and without the epilogue that adds the sidecar. `floor` is a kernel that only reads as many bytes
+Every time is on the device, by its profiler: the sum of the kernels of a call, medians of 36 calls one after
+another, each on another copy of the weight, so that no weight is in the cache. `kernel` is the product alone,
+without what prepares x and without the epilogue that adds the sidecar. `floor` is a kernel that only reads as many bytes
 as the weight has; `bf16` is x Wᵀ by XLA; `restore` restores Ŵ and multiplies by XLA; `rank 0` has no sidecar
 and `linear` no companding either; tinygemm is torch's _weight_int4pack_mm with groups of 128, which has
 4.25 bits per weight and no sidecar.
@@ -16,7 +16,7 @@ and `linear` no companding either; tinygemm is torch's _weight_int4pack_mm with 
 import argparse
 import datetime
 import json
-import statistics
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,23 +24,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.speed.kernel_peers import peer_calls
-from benchmarks.speed.read_floor import floor_calls
-from pallas_kernels.device_time import call_times
+from benchmarks.speed.kernel_peers import Chain, peer_chains
+from benchmarks.speed.read_floor import floor_chains
+from pallas_kernels.device_time import WITHOUT_GRAPHS, call_times
 from pallas_kernels.svsk_matmul import lay_out, svsk_matmul, triton_decode, triton_restore, triton_rows
 from pallas_kernels.svsk_matmul.figures import abstract_weight, compiled_figures, estimate
-from pallas_kernels.svsk_matmul.search import LAUNCHES, WORKING_SET, compile_all, copies
+from pallas_kernels.svsk_matmul.search import LAUNCHES, WORKING_SET, compile_chains, copies, operands_of
 from pallas_kernels.svsk_matmul.shapes import MODELS
 from pallas_kernels.svsk_matmul.synthetic import random_weight
 from pallas_kernels.svsk_matmul.triton_layout import TritonWeight
-from pallas_kernels.svsk_matmul.tuning import heuristic
+from pallas_kernels.svsk_matmul.tuning import FUSED_LIMIT, heuristic
 
 ROWS = (1, 8, 16, 64, 2048)
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_120")
-
-
-def rotating(function: Callable[..., Any], x: jax.Array, weights: list[Any]) -> Callable[[int], Any]:
-    return lambda index: function(x, weights[index % len(weights)])
 
 
 def restored(x: jax.Array, weight: TritonWeight) -> jax.Array:
@@ -52,46 +48,40 @@ def dense(x: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.matmul(x, weight.T, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
-def svsk_calls(n: int, k: int, m: int) -> tuple[dict[str, Callable[[int], Any]], int]:
-    """Our calls and XLA's, and the bytes of the weight."""
-    x = jax.random.normal(jax.random.key(m), (m, k), jnp.bfloat16)
+def jax_chains(n: int, k: int, m: int) -> tuple[dict[str, Chain], int]:
+    """Chains of our products and XLA's, and the bytes of the weight."""
     forms = {"svsk": {}, "rank 0": {"rank": 0}, "linear": {"rank": 0, "companded": False}}
-    calls: dict[str, Callable[[int], Any]] = {}
+    chains: dict[str, Chain] = {}
     nbytes = 0
     for name, form in forms.items():
         weights = copies(lay_out(random_weight(jax.random.key(1), n, k, **form)))
         functions: dict[str, Callable[..., Any]] = {name: svsk_matmul}
         if name == "svsk":
             nbytes = weights[0].nbytes
-            functions |= {} if m >= 384 else {"restore": restored}
-        for known, compiled in zip(
-            functions, compile_all(list(functions.values()), x, weights[0]), strict=True
-        ):
-            calls[known] = rotating(compiled, x, weights)
+            functions |= {} if m >= FUSED_LIMIT else {"restore": restored}
+        operands = operands_of(weights, m, k, LAUNCHES)
+        compiled = compile_chains(list(functions.values()), operands)
+        chains |= dict(zip(functions, compiled, strict=True))
     count = min(LAUNCHES, 1 + WORKING_SET // (2 * n * k))
     matrices = [jax.random.normal(jax.random.key(i), (n, k), jnp.bfloat16) for i in range(count)]
-    [compiled] = compile_all([dense], x, matrices[0])
-    calls["bf16"] = rotating(compiled, x, matrices)
-    return calls, nbytes
+    [chains["bf16"]] = compile_chains([dense], operands_of(matrices, m, k, LAUNCHES))
+    return chains, nbytes
 
 
 def measure(model: str, launch: str, n: int, k: int, m: int) -> dict[str, Any]:
-    calls, nbytes = svsk_calls(n, k, m)
-    calls |= floor_calls(nbytes, WORKING_SET)
+    chains, nbytes = jax_chains(n, k, m)
+    chains |= floor_chains(nbytes, WORKING_SET, LAUNCHES)
     row: dict[str, Any] = {"model": model, "launch": launch, "n": n, "k": k, "m": m, "bytes": nbytes}
-    timed = dict(zip(calls, call_times(list(calls.values()), LAUNCHES), strict=True))
+    timed = dict(zip(chains, call_times(list(chains.values()), LAUNCHES), strict=True))
     try:
-        peers = peer_calls(n, k, m, WORKING_SET)
+        peers = peer_chains(n, k, m, WORKING_SET, LAUNCHES)
         timed |= dict(zip(peers, call_times(list(peers.values()), LAUNCHES), strict=True)) if peers else {}
-    except (RuntimeError, ImportError, TypeError, ValueError) as error:
+    except (RuntimeError, ImportError, AttributeError, TypeError, ValueError) as error:
         row["peers failed"] = f"{type(error).__name__}: {error}"[:300]
-    for name, launches in timed.items():
-        row[name] = statistics.median(sum(time for _, time in each) for each in launches)
+    row |= {name: sum(kernels.values()) for name, kernels in timed.items()}
     products = (triton_decode.NAME, triton_rows.NAME, triton_restore.NAME)
-    row["kernel"] = statistics.median(
-        sum(time for name, time in each if name in products) for each in timed["svsk"]
-    )
-    row["launches"] = [name for name, _ in timed["svsk"][0]]
+    row["kernel"] = sum(time for name, time in timed["svsk"].items() if name in products)
+    row["kernels"] = timed["svsk"]
     row["floor"] = min(row.pop(name) for name in list(row) if name.startswith("floor "))
     return row
 
@@ -164,6 +154,7 @@ def main() -> None:
     if flags.plot:
         plot(*flags.plot)
         return
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {WITHOUT_GRAPHS}"
     if jax.default_backend() != "gpu":
         print("no GPU here: nothing is timed; bytes, compiled figures and roofline estimates")
         print(static_table(flags.models))

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.device_time import chain
+
 CHUNKS = (2048, 4096, 8192)
 """Words of 32 bits that a program reads; the fastest counts."""
 
@@ -31,13 +33,10 @@ def read(data: jax.Array, *, chunk: int) -> jax.Array:
     )(data)
 
 
-def floor_calls(nbytes: int, working_set: int) -> dict[str, Callable[[int], Any]]:
-    """For each chunk a call that reads another `nbytes`, rounded up to whole chunks, at every launch."""
+def floor_chains(nbytes: int, working_set: int, launches: int) -> dict[str, Callable[[], Any]]:
+    """For each chunk a chain of calls that read `nbytes`, rounded up to whole chunks, from other places."""
     words = -(-nbytes // (4 * max(CHUNKS))) * max(CHUNKS)
-    count = min(24, 1 + working_set // (4 * words))
+    count = min(launches, 1 + working_set // (4 * words))
     buffers = [jnp.arange(words, dtype=jnp.int32) + index for index in range(count)]
-    compiled = [jax.jit(partial(read, chunk=chunk)).lower(buffers[0]).compile() for chunk in CHUNKS]
-    return {
-        f"floor {chunk}": lambda index, run=run: run(buffers[index % count])
-        for chunk, run in zip(CHUNKS, compiled, strict=True)
-    }
+    operands = [(buffers[index % count],) for index in range(launches)]
+    return {f"floor {chunk}": chain(partial(read, chunk=chunk), operands) for chunk in CHUNKS}

@@ -1,6 +1,5 @@
 """Search for block configurations on a GPU, by the time of real launches."""
 
-import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -9,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.device_time import call_times
+from pallas_kernels.device_time import call_times, chain
 from pallas_kernels.svsk_matmul import triton
 from pallas_kernels.svsk_matmul.synthetic import random_weight
 from pallas_kernels.svsk_matmul.triton_layout import TritonWeight, lay_out
@@ -18,7 +17,7 @@ from pallas_kernels.svsk_matmul.tuning import Blocks, candidates, shape_key
 BATCHES = (1, 8, 16, 32, 64)
 WORKING_SET = 256 << 20
 """Bytes of weights that launches go through in turn: more than any GPU's cache."""
-LAUNCHES = 24
+LAUNCHES = 12
 COMPILERS = 12
 """Threads that compile."""
 
@@ -29,29 +28,27 @@ def copies(weight: TritonWeight) -> list[TritonWeight]:
     return [weight] + [jax.tree.map(jnp.copy, weight) for _ in range(count - 1)]
 
 
-def compile_all(functions: Sequence[Callable[..., Any]], *arguments: Any) -> list[jax.stages.Compiled]:
-    """Compile functions of the same arguments, several at a time."""
-    lowered = [jax.jit(function).lower(*arguments) for function in functions]
+def compile_chains(
+    functions: Sequence[Callable[..., Any]], operands: Sequence[tuple[Any, ...]]
+) -> list[Callable[[], Any]]:
+    """Chains of functions of the same operands, several compiled at a time."""
     with ThreadPoolExecutor(COMPILERS) as pool:
-        return list(pool.map(lambda each: each.compile(), lowered))
+        return list(pool.map(lambda function: chain(function, operands), functions))
+
+
+def operands_of(weights: Sequence[Any], m: int, k: int, launches: int) -> list[tuple[jax.Array, Any]]:
+    """Other rows of x for each launch, so that no launch shares what prepares them, and a weight in turn."""
+    keys = jax.random.split(jax.random.key(m), launches)
+    xs = [jax.random.normal(key, (m, k), jnp.bfloat16) for key in keys]
+    return [(x, weights[index % len(weights)]) for index, x in enumerate(xs)]
 
 
 def blocks_times(weights: Sequence[TritonWeight], m: int, choices: Sequence[Blocks]) -> list[float]:
-    """Median microseconds on the device of all kernels of a product, for each of the choices."""
-    x = jax.random.normal(jax.random.key(0), (m, weights[0].shape[1]), jnp.bfloat16)
-
-    def call(blocks: Blocks) -> Callable[..., jax.Array]:
-        return lambda x, weight: triton.matmul(x, weight, blocks=blocks)
-
-    compiled = compile_all([call(blocks) for blocks in choices], x, weights[0])
-    timed = call_times(
-        [partial(_on_one_of, function, x, weights) for function in compiled], launches=LAUNCHES
-    )
-    return [statistics.median(sum(time for _, time in launch) for launch in each) for each in timed]
-
-
-def _on_one_of(function: Any, x: jax.Array, weights: Sequence[TritonWeight], index: int) -> jax.Array:
-    return function(x, weights[index % len(weights)])
+    """Microseconds on the device of all kernels of a product, for each of the choices."""
+    operands = operands_of(weights, m, weights[0].shape[1], LAUNCHES)
+    functions = [partial(triton.matmul, blocks=blocks) for blocks in choices]
+    timed = call_times(compile_chains(functions, operands), LAUNCHES)
+    return [sum(each.values()) for each in timed]
 
 
 def search(

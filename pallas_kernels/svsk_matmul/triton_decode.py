@@ -19,6 +19,7 @@ from pallas_kernels.svsk_matmul.layout import ceil_div
 from pallas_kernels.svsk_matmul.triton_layout import PLANE, ROW_UNIT, SUPERBLOCK, TritonWeight
 from pallas_kernels.svsk_matmul.triton_planes import (
     UNITS,
+    Codebook,
     byte_plane,
     code_plane,
     companded_plane,
@@ -48,10 +49,10 @@ def _kernel(*refs, weight: TritonWeight, rows: int, superblocks: int, stacked: b
     def base():
         row = pl.ds(block * rows, rows)
         constant = block * rows // ROW_UNIT
-        rho, shift, factor = (
-            plgpu.load(ref["constants"].at[(*at, pl.ds(constant, 1), pl.ds(index, 1))]) for index in range(3)
+        rho, shift, factor, step = (
+            plgpu.load(ref["constants"].at[(*at, pl.ds(constant, 1), pl.ds(index, 1))]) for index in range(4)
         )
-        rho, shift = (jnp.broadcast_to(each.astype(jnp.float16), (rows, PLANE)) for each in (rho, shift))
+        codebook = Codebook.of(rho, shift, step, (rows, PLANE))
 
         def superblock(i, total):
             b = first + i
@@ -64,7 +65,7 @@ def _kernel(*refs, weight: TritonWeight, rows: int, superblocks: int, stacked: b
                 for plane in planes:
                     x = x_plane(i, plane)
                     if weight.companded:
-                        level = companded_plane(words, plane, rho, shift, asm=asm)
+                        level = companded_plane(words, plane, codebook, asm=asm)
                         product += plgpu.dot(level, x)
                     else:
                         product += plgpu.dot(code_plane(words, plane, asm=asm), x)

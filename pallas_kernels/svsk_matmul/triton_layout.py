@@ -19,9 +19,11 @@ PLANE = 64
 ROW_UNIT = 64
 """Rows of a weight are padded to a multiple of this; each such block has its codebook and its range of
 sidecar rows."""
-STEP = 65504 * 2.0**-24
-"""The kernels decode a companded code's t to STEP · t. As large as f16 allows: the smallest levels, of the
-order of STEP³, are subnormal."""
+STEPS = tuple(512 * m for m in range(64, 128))
+"""The kernels decode a companded code's t to STEP · t, where STEP is 2⁻²⁴ times one of these: t has four bits
+and these seven, so that the product is exact. Levels are of the order of STEP³, which f16 holds only
+coarsely: each codebook has the step that suits it."""
+UNIT = 2.0**-24
 
 
 @jax.tree_util.register_dataclass
@@ -35,7 +37,7 @@ class TritonWeight:
     - `scales` [B, N, G], G = 256 / group: int8 with `super_scales` f16 [B, N], or f16 without. The group of
       columns 64 j + group · q of a superblock is at (j // 2) · (G / 2) + 2 q + j % 2. Flat groups of 64 are
       stored as pairs of 32.
-    - `constants`: f32 [N / 64, 4] = (ρ, d, f, 0). The kernels' companded level is u x + d with x = STEP · t
+    - `constants`: f32 [N / 64, 4] = (ρ, d, f, s). The kernels' companded level is u x + d with x = 2⁻²⁴ s t
       and u = x² + ρ; times f it is t + a t³ - δ. For the linear codebook f = 1 and the rest is not read.
     - `v`: int16 [R, 128 B], the sidecars' V over the tiles of all weights, zero outside its columns, as
       `pack_byte_planes` writes it.
@@ -187,5 +189,17 @@ def _constants(coefficients: jax.Array | None, companded: bool) -> Float[Array, 
         coefficients = jnp.asarray([0.0, 0.5], jnp.float32)
     a, delta = coefficients.astype(jnp.float32)
     a = jnp.where(jnp.abs(a) < 1e-8, 1e-8, a)
-    rho = STEP * STEP / a
-    return jnp.stack([rho, -delta * STEP * rho, 1.0 / (STEP * rho), 0.0 * a])
+    step = jnp.asarray(STEPS, jnp.float32) * UNIT
+    rho, shift = step * step / a, -delta * step * step * step / a
+    t = jnp.arange(16, dtype=jnp.float32)[:, None] - 7.5
+    x = step * t
+    u = _round(x * x + _round(rho))
+    level, true = _round(u * x + _round(shift)), t + a * t * t * t - delta
+    factor = jnp.sum(level * true, axis=0) / jnp.sum(level * level, axis=0)
+    best = jnp.argmin(jnp.sum((factor * level - true) ** 2, axis=0))
+    return jnp.stack([rho, shift, factor, step / UNIT])[:, best]
+
+
+def _round(x: jax.Array) -> jax.Array:
+    """To f16's precision."""
+    return x.astype(jnp.float16).astype(jnp.float32)

@@ -1,13 +1,13 @@
 """Decoding words in a Triton kernel: inline assembly on pairs of f16, and the same arithmetic in jnp for
 interpret mode, where inline assembly has no rule."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.pallas import triton as plgpu
-
-from pallas_kernels.svsk_matmul.triton_layout import STEP
 
 MASKS = (0x000F, 0x00F0, 0x000F, 0x00F0)
 SHIFTS = (0, 0, 8, 8)
@@ -67,17 +67,39 @@ def linear_plane(words: jax.Array, plane: int, *, asm: bool) -> jax.Array:
     return _fma(_bits(words, plane), k, c)
 
 
-def companded_plane(
-    words: jax.Array, plane: int, rho: jax.Array, shift: jax.Array, *, asm: bool
-) -> jax.Array:
-    """u x + shift with x = STEP (code - 7.5) and u = x² + rho, f16; rho and shift are as large as `words`."""
-    k, c = STEP / UNITS[plane], -7.5 * STEP
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Codebook:
+    """Constants of a companded codebook, f16, as large as the words that they decode."""
+
+    rho: jax.Array
+    shift: jax.Array
+    steps: tuple[jax.Array, jax.Array]
+    """What takes a code to STEP · code, for planes in units of 2⁻²⁴ and of 2⁻²⁰."""
+    offset: jax.Array
+    """-7.5 STEP."""
+
+    @classmethod
+    def of(cls, rho: jax.Array, shift: jax.Array, step: jax.Array, shape: tuple[int, int]) -> "Codebook":
+        """From three of `TritonWeight.constants`."""
+
+        def spread(value: jax.Array) -> jax.Array:
+            return jnp.broadcast_to(value.astype(jnp.float16), shape)
+
+        offset = step * jnp.float32(-7.5 * UNITS[0])
+        steps = spread(step), spread(step * jnp.float32(UNITS[0] / UNITS[1]))
+        return cls(rho=spread(rho), shift=spread(shift), steps=steps, offset=spread(offset))
+
+
+def companded_plane(words: jax.Array, plane: int, codebook: Codebook, *, asm: bool) -> jax.Array:
+    """u x + shift with x = STEP · (code - 7.5) and u = x² + rho, f16."""
+    step = codebook.steps[plane % 2]
     if asm:
-        body = _masked(plane) + f".reg .b32 x,u,k,c; mov.b32 k,{_pair(k)}; mov.b32 c,{_pair(c)};"
-        body += "fma.rn.f16x2 x,$0,k,c; fma.rn.f16x2 u,x,x,$2; fma.rn.f16x2 $0,u,x,$3;"
-        return _asm("{" + body + "}", [words, rho, shift], jnp.float16, 2)
-    x = _fma(_bits(words, plane), k, c)
-    return _fma(_fma(x, x, rho), x, shift)
+        body = _masked(plane) + ".reg .b32 x,u; fma.rn.f16x2 x,$0,$2,$3; fma.rn.f16x2 u,x,x,$4;"
+        body += "fma.rn.f16x2 $0,u,x,$5;"
+        constants = [step, codebook.offset, codebook.rho, codebook.shift]
+        return _asm("{" + body + "}", [words, *constants], jnp.float16, 2)
+    x = _fma(_bits(words, plane), step, codebook.offset)
+    return _fma(_fma(x, x, codebook.rho), x, codebook.shift)
 
 
 def byte_plane(words: jax.Array, half: int, *, asm: bool) -> jax.Array:

@@ -10,8 +10,8 @@ from pallas_kernels.svsk_matmul.triton_int8 import TritonInt8Weight, take_rows
 from pallas_kernels.svsk_matmul.triton_layout import (
     PLANE,
     ROW_UNIT,
-    STEP,
     SUPERBLOCK,
+    UNIT,
     TritonWeight,
     unpack_byte_planes,
 )
@@ -39,8 +39,9 @@ def restore(weight: TritonWeight | TritonInt8Weight) -> Float[Array, "n k"]:
 def _levels(codes: Float[Array, "n k"], weight: TritonWeight) -> Float[Array, "n k"]:
     if not weight.companded:
         return codes - 8.0
-    rho, shift, factor, _ = jnp.repeat(weight.constants, ROW_UNIT, axis=0).T[:, :, None]
-    a, delta = STEP * STEP / rho, -shift * factor
+    rho, shift, _, step = jnp.repeat(weight.constants, ROW_UNIT, axis=0).T[:, :, None]
+    step = step * UNIT
+    a, delta = step * step / rho, -shift / (step * rho)
     t = codes - 7.5
     return t + a * t * t * t - delta
 

@@ -11,7 +11,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.svsk_matmul.triton_layout import PLANE, ROW_UNIT, SUPERBLOCK, TritonWeight
-from pallas_kernels.svsk_matmul.triton_planes import LINEAR_STEP, companded_plane, linear_plane, small_to_f32
+from pallas_kernels.svsk_matmul.triton_planes import (
+    LINEAR_STEP,
+    Codebook,
+    companded_plane,
+    linear_plane,
+    small_to_f32,
+)
 
 NAME = "svsk_restore"
 RANKS = 16
@@ -30,10 +36,10 @@ def _kernel(*refs, weight: TritonWeight, stacked: bool, asm: bool):
     row = pl.ds(block * ROW_UNIT, ROW_UNIT)
     shape = (ROW_UNIT, PLANE)
     words = plgpu.load(ref["words"].at[(*at, row, pl.ds(b * PLANE, PLANE))])
-    rho, shift, factor = (
-        plgpu.load(ref["constants"].at[(*at, pl.ds(block, 1), pl.ds(index, 1))]) for index in range(3)
+    rho, shift, factor, step = (
+        plgpu.load(ref["constants"].at[(*at, pl.ds(block, 1), pl.ds(index, 1))]) for index in range(4)
     )
-    rho, shift = (jnp.broadcast_to(each.astype(jnp.float16), shape) for each in (rho, shift))
+    codebook = Codebook.of(rho, shift, step, shape)
     row_index = block * ROW_UNIT + lax.broadcasted_iota(jnp.int32, shape, 0)
     q = lax.broadcasted_iota(jnp.int32, shape, 1) // weight.group
     if weight.super_scales is not None:
@@ -41,7 +47,7 @@ def _kernel(*refs, weight: TritonWeight, stacked: bool, asm: bool):
 
     def base(plane):
         if weight.companded:
-            level = companded_plane(words, plane, rho, shift, asm=asm).astype(jnp.float32) * factor
+            level = companded_plane(words, plane, codebook, asm=asm).astype(jnp.float32) * factor
         else:
             level = linear_plane(words, plane, asm=asm).astype(jnp.float32) * (1 / LINEAR_STEP)
         place = (plane // 2) * (2 * PLANE // weight.group) + 2 * q + plane % 2

@@ -19,6 +19,7 @@ from pallas_kernels.svsk_matmul.triton_layout import PLANE, ROW_UNIT, SUPERBLOCK
 from pallas_kernels.svsk_matmul.triton_planes import (
     LINEAR_STEP,
     UNITS,
+    Codebook,
     byte_plane,
     companded_plane,
     fma_f32,
@@ -53,10 +54,10 @@ def _kernel(*refs, weight: TritonWeight, blocks: Blocks, stacked: bool, asm: boo
     def base():
         row = pl.ds(block * rows, rows)
         constant = block * rows // ROW_UNIT
-        rho, shift, factor = (
-            plgpu.load(ref["constants"].at[(*at, pl.ds(constant, 1), pl.ds(index, 1))]) for index in range(3)
+        rho, shift, factor, step = (
+            plgpu.load(ref["constants"].at[(*at, pl.ds(constant, 1), pl.ds(index, 1))]) for index in range(4)
         )
-        rho, shift = (jnp.broadcast_to(each.astype(jnp.float16), (rows, group)) for each in (rho, shift))
+        codebook = Codebook.of(rho, shift, step, (rows, group))
 
         # Sixteen scales, the least that a product takes; of eight, each twice.
         scale_index = (row, pl.ds(0, 16))
@@ -75,7 +76,7 @@ def _kernel(*refs, weight: TritonWeight, blocks: Blocks, stacked: bool, asm: boo
                 words = plgpu.load(ref["words"].at[(*at, row, pl.ds(b * PLANE + q * group, group))])
                 for plane in range(4):
                     if weight.companded:
-                        level = companded_plane(words, plane, rho, shift, asm=asm)
+                        level = companded_plane(words, plane, codebook, asm=asm)
                     else:
                         level = linear_plane(words, plane, asm=asm)
                     place = (plane // 2) * 2 * per_plane + 2 * q + plane % 2

@@ -3,12 +3,14 @@
 import dataclasses
 import datetime
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 from rich.table import Table
 
+from pallas_kernels.device_time import WITHOUT_GRAPHS
 from pallas_kernels.svsk_matmul import why_no_triton
 from pallas_kernels.svsk_matmul.figures import abstract_weight, rank
 from pallas_kernels.svsk_matmul.search import BATCHES, search
@@ -40,6 +42,7 @@ class TuneKernels(Verb):
         if wrong:
             raise ValueError(f"--batches {wrong}: choose from {', '.join(map(str, BATCHES))}")
         shapes = unique_shapes(self.models)
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {WITHOUT_GRAPHS}"
         reason = why_no_triton("bfloat16")
         if reason is not None:
             return self._rank(shapes, reason)
