@@ -16,7 +16,8 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,24 @@ device_description_str: "{card.name}"
     return Mesh(np.array(topology.devices[:1]), ("x",), axis_types=(AxisType.Explicit,))
 
 
+@contextmanager
+def targeting(target: str) -> Iterator[Mesh]:
+    """Within it, code is traced for a target.
+
+    Raises:
+        NotImplementedError: a wheel or one of the two variables is missing.
+    """
+    missing = [module for module in ("jax_cuda13_plugin", "nvidia.cu13") if not _is_installed(module)]
+    missing += [name for name in VARIABLES if name not in os.environ]
+    if missing:
+        raise NotImplementedError(
+            f"compiling for {target}, which is not here, needs {' and '.join(missing)}: `make gate` installs "
+            "what it takes in .venv-gate, and shows the variables to set"
+        )
+    with jax.set_mesh(_mesh(target)):
+        yield _mesh(target)
+
+
 def compile_for(
     function: Callable[..., Any], arguments: Sequence[Any], target: str
 ) -> tuple[jax.stages.Compiled, list[Kernel]]:
@@ -190,21 +209,12 @@ def compile_for(
         NotImplementedError: a wheel or one of the two variables is missing.
         RuntimeError: ptxas or the disassembler failed.
     """
-    missing = [module for module in ("jax_cuda13_plugin", "nvidia.cu13") if not _is_installed(module)]
-    missing += [name for name in VARIABLES if name not in os.environ]
-    if missing:
-        raise NotImplementedError(
-            f"compiling for {target}, which is not here, needs {' and '.join(missing)}: `make gate` installs "
-            "what it takes in .venv-gate, and shows the variables to set"
+    with tempfile.TemporaryDirectory() as folder, targeting(target) as mesh:
+        sharding = NamedSharding(mesh, PartitionSpec())
+        abstract = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tuple(arguments)
         )
-    mesh = _mesh(target)
-    sharding = NamedSharding(mesh, PartitionSpec())
-    abstract = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tuple(arguments)
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.set_mesh(mesh):
-            compiled = jax.jit(function).lower(*abstract).compile(compiler_options={"xla_dump_to": folder})
+        compiled = jax.jit(function).lower(*abstract).compile(compiler_options={"xla_dump_to": folder})
         kernels = [_assemble(path, TARGETS[target]) for path in sorted(Path(folder).glob("*.ptx"))]
     return compiled, [kernel for kernel in kernels if kernel is not None]
 

@@ -7,33 +7,39 @@ Correctness is the business of tests/pallas_kernels/test_device.py, which runs t
 
 Every time is on the device, by its profiler: the sum of the kernels of a call, medians of 36 calls one after
 another, each on another copy of the weight, so that no weight is in the cache. `kernel` is the product alone,
-without what prepares x and without the epilogue that adds the sidecar. `floor` is a kernel that only reads as many bytes
-as the weight has; `bf16` is x Wᵀ by XLA; `restore` restores Ŵ and multiplies by XLA; `rank 0` has no sidecar
-and `linear` no companding either; tinygemm is torch's _weight_int4pack_mm with groups of 128, which has
-4.25 bits per weight and no sidecar.
+without what prepares x and without the epilogue that adds the sidecar. `floor` is a kernel that only reads as
+many bytes as the weight has; `bf16` is x Wᵀ by XLA; `restore` restores Ŵ and multiplies by XLA; `rank 0` has
+no sidecar and `linear` no companding either; tinygemm is torch's _weight_int4pack_mm with groups of 128,
+which has 4.25 bits per weight and no sidecar.
 """
 
 import argparse
 import datetime
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks.speed.kernel_peers import Chain, peer_chains
-from benchmarks.speed.read_floor import floor_chains
+from benchmarks.speed.kernel_peers import peer_chains
+from benchmarks.speed.read_floor import floor_works
 from pallas_kernels.device_time import WITHOUT_GRAPHS, call_times
 from pallas_kernels.svsk_matmul import lay_out, svsk_matmul, triton_decode, triton_restore, triton_rows
-from pallas_kernels.svsk_matmul.figures import abstract_weight, compiled_figures, estimate
-from pallas_kernels.svsk_matmul.search import LAUNCHES, WORKING_SET, compile_chains, copies, operands_of
+from pallas_kernels.svsk_matmul.figures import abstract_weight, compiled_figures, default_blocks, estimate
+from pallas_kernels.svsk_matmul.search import (
+    LAUNCHES,
+    WORKING_SET,
+    Work,
+    compile_chains,
+    copies,
+    operands_of,
+)
 from pallas_kernels.svsk_matmul.shapes import MODELS
 from pallas_kernels.svsk_matmul.synthetic import random_weight
 from pallas_kernels.svsk_matmul.triton_layout import TritonWeight
-from pallas_kernels.svsk_matmul.tuning import FUSED_LIMIT, heuristic
+from pallas_kernels.svsk_matmul.tuning import FUSED_LIMIT
 
 ROWS = (1, 8, 16, 64, 2048)
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_120")
@@ -48,31 +54,30 @@ def dense(x: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.matmul(x, weight.T, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
-def jax_chains(n: int, k: int, m: int) -> tuple[dict[str, Chain], int]:
-    """Chains of our products and XLA's, and the bytes of the weight."""
+def jax_works(n: int, k: int, m: int) -> tuple[dict[str, Work], int]:
+    """Our products and XLA's, and the bytes of the weight."""
     forms = {"svsk": {}, "rank 0": {"rank": 0}, "linear": {"rank": 0, "companded": False}}
-    chains: dict[str, Chain] = {}
+    works: dict[str, Work] = {}
     nbytes = 0
     for name, form in forms.items():
         weights = copies(lay_out(random_weight(jax.random.key(1), n, k, **form)))
-        functions: dict[str, Callable[..., Any]] = {name: svsk_matmul}
+        operands = operands_of(weights, m, k, LAUNCHES)
+        works[name] = (svsk_matmul, operands)
         if name == "svsk":
             nbytes = weights[0].nbytes
-            functions |= {} if m >= FUSED_LIMIT else {"restore": restored}
-        operands = operands_of(weights, m, k, LAUNCHES)
-        compiled = compile_chains(list(functions.values()), operands)
-        chains |= dict(zip(functions, compiled, strict=True))
+            works |= {} if m >= FUSED_LIMIT else {"restore": (restored, operands)}
     count = min(LAUNCHES, 1 + WORKING_SET // (2 * n * k))
     matrices = [jax.random.normal(jax.random.key(i), (n, k), jnp.bfloat16) for i in range(count)]
-    [chains["bf16"]] = compile_chains([dense], operands_of(matrices, m, k, LAUNCHES))
-    return chains, nbytes
+    works["bf16"] = (dense, operands_of(matrices, m, k, LAUNCHES))
+    return works, nbytes
 
 
 def measure(model: str, launch: str, n: int, k: int, m: int) -> dict[str, Any]:
-    chains, nbytes = jax_chains(n, k, m)
-    chains |= floor_chains(nbytes, WORKING_SET, LAUNCHES)
+    works, nbytes = jax_works(n, k, m)
+    works |= floor_works(nbytes, WORKING_SET, LAUNCHES)
+    chains = compile_chains(list(works.values()))
     row: dict[str, Any] = {"model": model, "launch": launch, "n": n, "k": k, "m": m, "bytes": nbytes}
-    timed = dict(zip(chains, call_times(list(chains.values()), LAUNCHES), strict=True))
+    timed = dict(zip(works, call_times(chains, LAUNCHES), strict=True))
     try:
         peers = peer_chains(n, k, m, WORKING_SET, LAUNCHES)
         timed |= dict(zip(peers, call_times(list(peers.values()), LAUNCHES), strict=True)) if peers else {}
@@ -113,7 +118,7 @@ def static_table(models: list[str]) -> str:
         for target in TARGETS:
             for m in (1, 8, 16, 64):
                 figures = compiled_figures(weight, m, target)
-                time = estimate(figures, weight, m, heuristic(weight, m))
+                time = estimate(figures, weight, m, default_blocks(weight, m, target))
                 lines.append(
                     f"| {model} gate_up {n} × {k} | {target} | {m} | {weight.nbytes / 1e6:.1f} | "
                     f"{figures.instructions:.2f} | {figures.registers} | {time:.1f} |"

@@ -1,15 +1,13 @@
 """A kernel that only reads: how fast a device's memory lets any kernel go over so many bytes."""
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.device_time import chain
+from pallas_kernels.svsk_matmul.search import Work
 
 CHUNKS = (2048, 4096, 8192)
 """Words of 32 bits that a program reads; the fastest counts."""
@@ -33,10 +31,10 @@ def read(data: jax.Array, *, chunk: int) -> jax.Array:
     )(data)
 
 
-def floor_chains(nbytes: int, working_set: int, launches: int) -> dict[str, Callable[[], Any]]:
-    """For each chunk a chain of calls that read `nbytes`, rounded up to whole chunks, from other places."""
+def floor_works(nbytes: int, working_set: int, launches: int) -> dict[str, Work]:
+    """For each chunk what reads `nbytes`, rounded up to whole chunks, from another place at each launch."""
     words = -(-nbytes // (4 * max(CHUNKS))) * max(CHUNKS)
     count = min(launches, 1 + working_set // (4 * words))
     buffers = [jnp.arange(words, dtype=jnp.int32) + index for index in range(count)]
     operands = [(buffers[index % count],) for index in range(launches)]
-    return {f"floor {chunk}": chain(partial(read, chunk=chunk), operands) for chunk in CHUNKS}
+    return {f"floor {chunk}": (partial(read, chunk=chunk), operands) for chunk in CHUNKS}

@@ -12,3 +12,12 @@ def target_device() -> Any:
         return of_mesh
     default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     return default if isinstance(default, jax.Device) else jax.devices()[0]
+
+
+def is_hopper(device: Any) -> bool:
+    """Whether it multiplies in groups of four warps (compute capability 9). An abstract device, which has no
+    capability, is known by its name."""
+    capability = getattr(device, "compute_capability", None)
+    if capability is not None:
+        return str(capability).startswith("9.")
+    return any(name in device.device_kind for name in ("H100", "H200", "H800", "H20"))

@@ -64,6 +64,12 @@ def abstract_int8(n: int, k: int) -> TritonInt8Weight:
     return jax.eval_shape(lay_out_int8, weight)
 
 
+def default_blocks(weight: TritonWeight, m: int, target: str) -> Blocks:
+    """The heuristic's configuration on a target."""
+    with aot.targeting(target):
+        return heuristic(weight, m)
+
+
 def compiled_figures(
     weight: TritonWeight | TritonInt8Weight, m: int, target: str, blocks: Blocks | None = None
 ) -> Figures:
@@ -77,7 +83,7 @@ def compiled_figures(
     elif m >= FUSED_LIMIT:
         name, rows, warps = triton_restore.NAME, 0, 0
     else:
-        blocks = heuristic(weight, m) if blocks is None else blocks
+        blocks = blocks or default_blocks(weight, m, target)
         name = triton_decode.NAME if blocks.batch == 1 else triton_rows.NAME
         rows, warps = blocks.rows, blocks.warps
     x = jax.ShapeDtypeStruct((m, weight.shape[1]), jnp.bfloat16)

@@ -28,12 +28,14 @@ def copies(weight: TritonWeight) -> list[TritonWeight]:
     return [weight] + [jax.tree.map(jnp.copy, weight) for _ in range(count - 1)]
 
 
-def compile_chains(
-    functions: Sequence[Callable[..., Any]], operands: Sequence[tuple[Any, ...]]
-) -> list[Callable[[], Any]]:
-    """Chains of functions of the same operands, several compiled at a time."""
+Work = tuple[Callable[..., Any], Sequence[tuple[Any, ...]]]
+"""A function and the operands of each of its launches."""
+
+
+def compile_chains(works: Sequence[Work]) -> list[Callable[[], Any]]:
+    """A chain of each, several compiled at a time."""
     with ThreadPoolExecutor(COMPILERS) as pool:
-        return list(pool.map(lambda function: chain(function, operands), functions))
+        return list(pool.map(lambda work: chain(*work), works))
 
 
 def operands_of(weights: Sequence[Any], m: int, k: int, launches: int) -> list[tuple[jax.Array, Any]]:
@@ -46,8 +48,8 @@ def operands_of(weights: Sequence[Any], m: int, k: int, launches: int) -> list[t
 def blocks_times(weights: Sequence[TritonWeight], m: int, choices: Sequence[Blocks]) -> list[float]:
     """Microseconds on the device of all kernels of a product, for each of the choices."""
     operands = operands_of(weights, m, weights[0].shape[1], LAUNCHES)
-    functions = [partial(triton.matmul, blocks=blocks) for blocks in choices]
-    timed = call_times(compile_chains(functions, operands), LAUNCHES)
+    works = [(partial(triton.matmul, blocks=blocks), operands) for blocks in choices]
+    timed = call_times(compile_chains(works), LAUNCHES)
     return [sum(each.values()) for each in timed]
 
 

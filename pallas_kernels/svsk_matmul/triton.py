@@ -1,6 +1,7 @@
 """y = x Ŵᵀ by the Triton kernels."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from pallas_kernels.svsk_matmul.tuning import FUSED_LIMIT, Blocks, batch_of, con
 DTYPES = (jnp.bfloat16, jnp.float16)
 
 
+@partial(jax.jit, static_argnames=("blocks", "interpret"))
 def matmul(
     x: Float[Array, "*b k"],
     weight: TritonWeight | TritonInt8Weight,
@@ -31,6 +33,8 @@ def matmul(
     interpret: bool = False,
 ) -> Float[Array, "*b n"]:
     """y = x Ŵᵀ with f32 accumulation, in x's dtype; N counts the rows of all of the weight's parts.
+
+    Compiled apart, so that tracing a model lowers the kernels of equal layers once.
 
     Each row of x is divided by a power of two so that it fits f16, levels times int6 scales are rounded to
     f16 (M > 16) or levels alone (M ≤ 16), and V x, group sums and scales are f32. From 384 rows on the weight

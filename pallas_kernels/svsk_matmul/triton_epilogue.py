@@ -10,6 +10,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from pallas_kernels.svsk_matmul.layout import ceil_div
 from pallas_kernels.svsk_matmul.triton_layout import ROW_UNIT, TritonWeight
 
 NAME = "svsk_epilogue"
@@ -17,43 +18,52 @@ RANKS = 16
 """Sidecar rows taken at a time."""
 
 
-def _kernel(*refs, parts: int, batch: int, rows: int, sidecar: bool, stacked: bool):
+BATCH = 16
+"""Rows of x that a program finishes, where there are several."""
+
+
+def _kernel(*refs, parts: int, m: int, rows: int, sidecar: bool, stacked: bool):
     names = ["products", "unit"] + (["v_scale", "u", "ranges"] if sidecar else [])
     names += ["layer"] if sidecar and stacked else []
     ref = dict(zip([*names, "out"], refs, strict=True))
     at = (plgpu.load(ref["layer"].at[jnp.int32(0)]),) if "layer" in ref else ()
-    block = pl.program_id(0)
+    block, batch = pl.program_id(0), 1 if m == 1 else BATCH
+    item = pl.program_id(1) * batch + lax.broadcasted_iota(jnp.int32, (batch, 1), 0)
 
-    def summed(row):
+    def summed(column, mask):
+        """Of the parts, at columns of every item."""
         total = jnp.float32(0)
+        shape = (batch, column.shape[1])
+        at_item, at_column = jnp.broadcast_to(item, shape), jnp.broadcast_to(column, shape)
         for part in range(parts):
-            total += plgpu.load(ref["products"].at[jnp.int32(part), slice(None), row])
+            index = (jnp.int32(part), at_item, at_column)
+            total += plgpu.load(ref["products"].at[index], mask=mask & (at_item < m), other=0.0)
         return total
 
-    y = summed(pl.ds(block * ROW_UNIT, ROW_UNIT))
+    row = block * ROW_UNIT + lax.broadcasted_iota(jnp.int32, (1, ROW_UNIT), 1)
+    y = summed(row, True)
     if sidecar:
         first, count, begin = (plgpu.load(ref["ranges"].at[(*at, block, jnp.int32(i))]) for i in range(3))
-        row = lax.broadcasted_iota(jnp.int32, (ROW_UNIT, RANKS), 0)
-        column = lax.broadcasted_iota(jnp.int32, (ROW_UNIT, RANKS), 1)
-        item = lax.broadcasted_iota(jnp.int32, (batch, RANKS), 0)
-        rank = lax.broadcasted_iota(jnp.int32, (batch, RANKS), 1)
+        u_rank = lax.broadcasted_iota(jnp.int32, (RANKS, ROW_UNIT), 0)
+        u_row = lax.broadcasted_iota(jnp.int32, (RANKS, ROW_UNIT), 1)
+        rank = lax.broadcasted_iota(jnp.int32, (1, RANKS), 1)
 
         def some(i, y):
             here = i * RANKS
-            u = plgpu.load(
-                ref["u"].at[(*at, begin + row * count + here + column)], mask=here + column < count, other=0
-            )
-            v_row = first + here + rank
+            index = (*at, begin + u_row * count + here + u_rank)
+            u = plgpu.load(ref["u"].at[index], mask=here + u_rank < count, other=0).astype(jnp.float32)
             alive = here + rank < count
-            t = jnp.float32(0)
-            for part in range(parts):
-                index = (jnp.int32(part), item, rows + v_row)
-                t += plgpu.load(ref["products"].at[index], mask=alive, other=0.0)
-            t = t * plgpu.load(ref["v_scale"].at[(*at, v_row)], mask=alive, other=0.0)
-            return y + jnp.sum(t[:, None, :] * u.astype(jnp.float32)[None, :, :], axis=2)
+            scale = plgpu.load(ref["v_scale"].at[(*at, first + here + rank)], mask=alive, other=0.0)
+            t = summed(rows + first + here + rank, alive) * scale
+            if m == 1:
+                return y + jnp.sum(t.reshape(RANKS, 1) * u, axis=0)[None, :]
+            return y + plgpu.dot(t, u, precision=lax.Precision.HIGHEST)
 
         y = lax.fori_loop(0, lax.div(count + (RANKS - 1), jnp.int32(RANKS)), some, y)
-    ref["out"][...] = (y * plgpu.load(ref["unit"])[:, None]).astype(ref["out"].dtype)
+    unit = plgpu.load(ref["unit"].at[item], mask=item < m, other=0.0)
+    value = (y * unit).astype(ref["out"].dtype)
+    index = (jnp.broadcast_to(item, y.shape), jnp.broadcast_to(row, y.shape))
+    plgpu.store(ref["out"].at[index], value, mask=index[0] < m)
 
 
 def finish(
@@ -68,41 +78,30 @@ def finish(
     """y = unit · (Σ parts + U diag(scale) (V x)) in `dtype`, for the weight's padded rows.
 
     Args:
-        products: what a kernel's `partial_products` returned; m a power of two, or a multiple of 16.
+        products: what a kernel's `partial_products` returned.
         unit: f32, the number each row of x was divided by.
         weight: laid out, or a stack of them with `layer`.
         dtype: of the result.
         layer: index into the stack, int32.
         interpret: run in interpret mode.
     """
-    parts, m, width = products.shape
-    batch = min(m, 16)
+    parts, m, _ = products.shape
+    batch = 1 if m == 1 else BATCH
     sidecar = weight.v is not None
     operands = [products, unit]
-    specs = [
-        pl.BlockSpec((parts, batch, width), lambda i, j: (0, j, 0)),
-        pl.BlockSpec((batch,), lambda i, j: (j,)),
-    ]
     if sidecar:
         operands += [weight.v_scale, weight.u, weight.ranges]
         if layer is not None:
             operands.append(jnp.reshape(layer, (1,)).astype(jnp.int32))
-        specs += [
-            pl.BlockSpec(each.shape, partial(lambda n, *_: (0,) * n, each.ndim)) for each in operands[2:]
-        ]
     body = partial(
-        _kernel,
-        parts=parts,
-        batch=batch,
-        rows=weight.padded_rows,
-        sidecar=sidecar,
-        stacked=layer is not None,
+        _kernel, parts=parts, m=m, rows=weight.padded_rows, sidecar=sidecar, stacked=layer is not None
     )
+    whole = [pl.BlockSpec(each.shape, partial(lambda n, *_: (0,) * n, each.ndim)) for each in operands]
     return pl.pallas_call(
         body,
-        grid=(weight.padded_rows // ROW_UNIT, m // batch),
-        in_specs=specs,
-        out_specs=pl.BlockSpec((batch, ROW_UNIT), lambda i, j: (j, i)),
+        grid=(weight.padded_rows // ROW_UNIT, ceil_div(m, batch)),
+        in_specs=whole,
+        out_specs=pl.BlockSpec((m, weight.padded_rows), lambda i, j: (0, 0)),
         out_shape=jax.ShapeDtypeStruct((m, weight.padded_rows), dtype),
         compiler_params=plgpu.CompilerParams(num_warps=4 if batch > 1 else 2, num_stages=1),
         interpret=interpret,

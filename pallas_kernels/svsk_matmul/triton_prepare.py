@@ -16,9 +16,11 @@ from pallas_kernels.svsk_matmul.triton_layout import PLANE, SUPERBLOCK
 NAME = "svsk_prepare"
 SPREAD = 8
 """Columns that a single row of x is spread over: the width of a tensor-core product."""
-CHUNK = 4096
-"""Elements that a program looks at a time."""
-WARPS = 4
+CHUNK = 16384
+"""Elements that a program looks at a time, at most."""
+SPAN = 4096
+"""Elements that a program writes, where x is not spread."""
+WARPS = 8
 
 
 def _kernel(x_ref, out_ref, unit_ref, *, rows: int, columns: int, span: int, group: int | None):
@@ -31,12 +33,13 @@ def _kernel(x_ref, out_ref, unit_ref, *, rows: int, columns: int, span: int, gro
     if x_ref.dtype == jnp.float16:
         unit = jnp.float32(1)
     else:
+        chunk = min(CHUNK, 1 << (columns - 1).bit_length())
 
         def largest(i, most):
-            x = load(i * CHUNK + lax.broadcasted_iota(jnp.int32, (CHUNK,), 0))
+            x = load(i * chunk + lax.broadcasted_iota(jnp.int32, (chunk,), 0))
             return jnp.maximum(most, jnp.abs(x.astype(jnp.float32)))
 
-        most = lax.fori_loop(0, ceil_div(columns, CHUNK), largest, jnp.zeros((CHUNK,), jnp.float32))
+        most = lax.fori_loop(0, ceil_div(columns, chunk), largest, jnp.zeros((chunk,), jnp.float32))
         bits = lax.bitcast_convert_type(jnp.max(most), jnp.int32)
         # The largest element becomes 256 to 512.
         exponent = jnp.maximum((bits & 0x7F800000) - (8 << 23), 1 << 23)
@@ -72,7 +75,7 @@ def prepare(
     m, k = x.shape
     padded = SUPERBLOCK * ceil_div(k, SUPERBLOCK)
     rows = batch * ceil_div(m, batch)
-    span = SUPERBLOCK if spread_group is not None else CHUNK
+    span = SUPERBLOCK if spread_group is not None else SPAN
     height = rows if spread_group is None else SPREAD
     small, unit = pl.pallas_call(
         partial(_kernel, rows=m, columns=k, span=span, group=spread_group),

@@ -56,40 +56,34 @@ def _kernel(*refs, weight: TritonWeight, stacked: bool, asm: bool):
             return level * scale.astype(jnp.float32)
         return level * (small_to_f32(scale) * supers[:, None])
 
-    def sidecar(planes):
+    def sidecar(plane, total):
         first, count, begin = (plgpu.load(ref["ranges"].at[(*at, block, jnp.int32(i))]) for i in range(3))
         u_row = lax.broadcasted_iota(jnp.int32, (ROW_UNIT, RANKS), 0)
         u_rank = lax.broadcasted_iota(jnp.int32, (ROW_UNIT, RANKS), 1)
         v_rank = lax.broadcasted_iota(jnp.int32, (RANKS, PLANE), 0)
         column = lax.broadcasted_iota(jnp.int32, (RANKS, PLANE), 1)
 
-        def some(i, planes):
+        def some(i, total):
             here = i * RANKS
-            u = plgpu.load(
-                ref["u"].at[(*at, begin + u_row * count + here + u_rank)], mask=here + u_rank < count, other=0
-            )
-            scale = plgpu.load(
-                ref["v_scale"].at[(*at, first + here + u_rank)], mask=here + u_rank < count, other=0.0
-            )
+            alive = here + u_rank < count
+            u = plgpu.load(ref["u"].at[(*at, begin + u_row * count + here + u_rank)], mask=alive, other=0)
+            scale = plgpu.load(ref["v_scale"].at[(*at, first + here + u_rank)], mask=alive, other=0.0)
             # A power of two takes the largest factor to 1 to 2, so that all fit f16.
             bits = lax.bitcast_convert_type(jnp.max(scale), jnp.int32) & 0x7F800000
             unit = lax.bitcast_convert_type(jnp.maximum(bits, 1 << 23), jnp.float32)
             u = (u.astype(jnp.float32) * (scale / unit)).astype(jnp.float16)
-            summed = []
-            for plane, total in enumerate(planes):
-                index = (*at, first + here + v_rank, (2 * b + plane // 2) * PLANE + column)
-                pairs = plgpu.load(ref["v"].at[index], mask=here + v_rank < count, other=0)
-                byte = lax.shift_right_logical(pairs, jnp.int16(8 * (plane % 2))) & jnp.int16(255)
-                v = (byte.astype(jnp.float32) - 128).astype(jnp.float16)
-                summed.append(total + plgpu.dot(u, v) * unit)
-            return tuple(summed)
+            index = (*at, first + here + v_rank, (2 * b + plane // 2) * PLANE + column)
+            pairs = plgpu.load(ref["v"].at[index], mask=here + v_rank < count, other=0)
+            byte = lax.shift_right_logical(pairs, jnp.int16(8 * (plane % 2))) & jnp.int16(255)
+            v = (byte.astype(jnp.float32) - 128).astype(jnp.float16)
+            return total + plgpu.dot(u, v) * unit
 
-        return lax.fori_loop(0, lax.div(count + (RANKS - 1), jnp.int32(RANKS)), some, planes)
+        return lax.fori_loop(0, lax.div(count + (RANKS - 1), jnp.int32(RANKS)), some, total)
 
-    planes = tuple(base(plane) for plane in range(4))
-    if weight.v is not None:
-        planes = sidecar(planes)
-    for plane, value in enumerate(planes):
+    for plane in range(4):
+        value = base(plane)
+        if weight.v is not None:
+            value = sidecar(plane, value)
         plgpu.store(ref["out"].at[:, pl.ds(plane * PLANE, PLANE)], value.astype(ref["out"].dtype))
 
 

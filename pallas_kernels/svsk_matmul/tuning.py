@@ -5,7 +5,7 @@ import json
 from functools import cache
 from pathlib import Path
 
-from pallas_kernels.svsk_matmul.devices import target_device
+from pallas_kernels.svsk_matmul.devices import is_hopper, target_device
 from pallas_kernels.svsk_matmul.layout import ceil_div
 from pallas_kernels.svsk_matmul.triton_layout import SUPERBLOCK, TritonWeight, padded
 
@@ -89,13 +89,19 @@ def table(device_kind: str) -> dict[str, dict[int, Blocks]]:
 
 
 def heuristic(weight: TritonWeight, m: int) -> Blocks:
-    """A configuration for m rows of x, as the search on an H100 found it for most shapes."""
+    """A configuration for m rows of x on the device that code is traced for: what the search on an H100 found
+    for most shapes."""
     if m == 1:
-        pair = 2 if weight.superblocks % 2 == 0 else 1
-        return Blocks(rows=32, superblocks=pair, warps=2)
+        # Small matrices fill the GPU only with short sums.
+        most = 2 if weight.superblocks > 8 or weight.padded_rows > 8192 else 1
+        pair = most if weight.superblocks % most == 0 else 1
+        return Blocks(rows=32, superblocks=pair, warps=2, stages=2 if most > 1 else 3)
     batch = batch_of(m)
-    wide = batch > 16 and all(padded(rows) % 128 == 0 for rows in weight.rows)
-    rows, warps = (128, 4) if wide else (64, 4) if batch > 16 else (32, 2)
+    rows, warps = 32, 2
+    if batch > 16:
+        wide = all(padded(each) % 128 == 0 for each in weight.rows)
+        # Hopper multiplies in groups of four warps; elsewhere sums of four warps overflow the registers.
+        rows, warps = (128, 4 if is_hopper(target_device()) else 8) if wide else (64, 4)
     programs = weight.padded_rows // rows * ceil_div(m, batch)
     divisors = [d for d in range(weight.superblocks, 0, -1) if weight.superblocks % d == 0]
     enough = [d for d in divisors if programs * (weight.superblocks // d) >= WAVE]
