@@ -11,7 +11,7 @@ from convert.load import load_parameters
 from convert.source import open_checkpoint
 from pallas_kernels.svsk_matmul import why_no_triton
 from svsk_jax.model.decoder import Decoder
-from svsk_jax.model.laid_out import lay_out_parameters
+from svsk_jax.model.laid_out import lay_out_parameters, transpose_parameters
 from svsk_jax.model.linear import to_dense
 from svsk_jax.model.source import ModelSource
 from svsk_jax.pipeline.checks import default_dtype
@@ -46,8 +46,8 @@ def load_model(
     Args:
         source: from `open_model`.
         dtype: of activations and dense weights; default f32 on CPU, bf16 elsewhere.
-        weights: keep packed matrices packed, laid out for the kernels where these run, or restore them to
-            dense ones, which takes more memory and, where no kernel runs, less time.
+        weights: keep packed matrices packed, laid out for the GPU's kernels or for a CPU, or restore them to
+            dense ones, which takes more memory and is faster for many tokens at a time.
         mesh: devices to load onto.
     """
     dtype = default_dtype() if dtype is None else dtype
@@ -58,6 +58,9 @@ def load_model(
             path: value if isinstance(value, jax.Array) else restore(value, dtype=dtype)
             for path, value in parameters.items()
         }
-    elif (mesh is None or mesh.size == 1) and why_no_triton(dtype) is None:
-        parameters = lay_out_parameters(parameters)
+    elif mesh is None or mesh.size == 1:
+        if why_no_triton(dtype) is None:
+            parameters = lay_out_parameters(parameters)
+        elif jax.default_backend() == "cpu":
+            parameters = transpose_parameters(parameters)
     return Decoder(source.config, parameters, dtype)

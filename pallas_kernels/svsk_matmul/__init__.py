@@ -8,6 +8,12 @@ from pallas_kernels.svsk_matmul.api import (
     why_no_triton,
 )
 from pallas_kernels.svsk_matmul.reference import dequantize
+from pallas_kernels.svsk_matmul.transposed import (
+    TransposedInt8Weight,
+    TransposedWeight,
+    transpose,
+    transpose_int8,
+)
 from pallas_kernels.svsk_matmul.triton_int8 import TritonInt8Weight, lay_out_int8
 from pallas_kernels.svsk_matmul.triton_layout import TritonWeight, lay_out
 from pallas_kernels.svsk_matmul.types import Int8Weight, PackedWeight, Sidecar, SVSKWeight
@@ -19,6 +25,8 @@ __all__ = [
     "PackedWeight",
     "SVSKWeight",
     "Sidecar",
+    "TransposedInt8Weight",
+    "TransposedWeight",
     "TritonInt8Weight",
     "TritonWeight",
     "dequantize",
@@ -26,5 +34,7 @@ __all__ = [
     "lay_out_int8",
     "svsk_matmul",
     "take_rows",
+    "transpose",
+    "transpose_int8",
     "why_no_triton",
 ]

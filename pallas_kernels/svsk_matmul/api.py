@@ -8,16 +8,19 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.svsk_matmul import reference, triton, triton_int8, triton_reference
+from pallas_kernels.svsk_matmul import reference, transposed, triton, triton_int8, triton_reference
 from pallas_kernels.svsk_matmul.devices import target_device
+from pallas_kernels.svsk_matmul.transposed import TransposedInt8Weight, TransposedWeight
 from pallas_kernels.svsk_matmul.triton_int8 import TritonInt8Weight, lay_out_int8
 from pallas_kernels.svsk_matmul.triton_layout import TritonWeight, lay_out
-from pallas_kernels.svsk_matmul.types import Int8Weight, PackedWeight
+from pallas_kernels.svsk_matmul.types import Int8Weight, PackedWeight, SVSKWeight
 
 MINIMUM_CAPABILITY = (8, 0)
 """Compute capability of the oldest GPUs that the Triton kernels run on: Ampere."""
 
-LaidOutWeight = TritonWeight | TritonInt8Weight
+ForTriton = TritonWeight | TritonInt8Weight
+Transposed = TransposedWeight | TransposedInt8Weight
+LaidOutWeight = ForTriton | Transposed
 Weight = PackedWeight | LaidOutWeight
 Implementation = Callable[[jax.Array, Weight, jax.Array | None], jax.Array]
 
@@ -25,8 +28,12 @@ Implementation = Callable[[jax.Array, Weight, jax.Array | None], jax.Array]
 def _reference(x: jax.Array, weight: Weight, layer: jax.Array | None) -> jax.Array:
     if layer is not None:
         weight = jax.tree.map(lambda leaf: leaf[layer], weight)
-    if not isinstance(weight, LaidOutWeight):
+    if isinstance(weight, PackedWeight):
         return reference.matmul(x, weight)
+    if isinstance(weight, Transposed):
+        raise NotImplementedError(
+            "svsk_matmul: implementation 'reference' cannot run: the weight is laid out for 'blockwise'"
+        )
     dense = triton_reference.restore(weight).astype(x.dtype)
     return jnp.matmul(x, dense.T, preferred_element_type=jnp.float32).astype(x.dtype)
 
@@ -42,16 +49,39 @@ def _triton_interpret(x: jax.Array, weight: Weight, layer: jax.Array | None) -> 
     return _laid_out(x, weight, layer, interpret=True)
 
 
+def _blockwise(x: jax.Array, weight: Weight, layer: jax.Array | None) -> jax.Array:
+    if layer is not None:
+        weight = jax.tree.map(lambda leaf: leaf[layer], weight)
+    if isinstance(weight, ForTriton):
+        raise NotImplementedError(
+            "svsk_matmul: implementation 'blockwise' cannot run: the weight is laid out for 'triton'"
+        )
+    if isinstance(weight, SVSKWeight):
+        weight = transposed.transpose(weight)
+    elif isinstance(weight, Int8Weight):
+        weight = transposed.transpose_int8(weight)
+    return transposed.matmul(x, weight)
+
+
 def _laid_out(x: jax.Array, weight: Weight, layer: jax.Array | None, *, interpret: bool) -> jax.Array:
+    if isinstance(weight, Transposed):
+        raise NotImplementedError(
+            "svsk_matmul: the Triton kernels cannot run: the weight is laid out for 'blockwise'"
+        )
     if isinstance(weight, Int8Weight):
         weight = lay_out_int8(weight)
-    elif not isinstance(weight, LaidOutWeight):
+    elif isinstance(weight, SVSKWeight):
         weight = jax.vmap(lay_out)(weight) if layer is not None else lay_out(weight)
     return triton.matmul(x, weight, layer=layer, interpret=interpret)
 
 
 IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
-    {"reference": _reference, "triton": _triton, "triton_interpret": _triton_interpret}
+    {
+        "reference": _reference,
+        "blockwise": _blockwise,
+        "triton": _triton,
+        "triton_interpret": _triton_interpret,
+    }
 )
 
 
@@ -79,12 +109,12 @@ def svsk_matmul(
 
     Args:
         x: bf16 or f16 for the kernels, any float dtype for the reference.
-        weight: as stored, or laid out for the kernels once, at load, with `lay_out` or `lay_out_int8`; one
-            that is not is laid out on every call that a kernel takes. Several laid out together give their
-            rows one after another.
-        implementation: one of `IMPLEMENTATIONS`; None takes the kernels where the weight is laid out for them
-            and they can run, else the reference. `triton_interpret` runs the kernels' arithmetic anywhere,
-            slowly.
+        weight: as stored, or laid out once, at load: for the kernels with `lay_out` or `lay_out_int8`, for a
+            CPU with `transpose` or `transpose_int8`. One that is not is laid out on every call that needs it.
+            Several laid out together for the kernels give their rows one after another.
+        implementation: one of `IMPLEMENTATIONS`; None takes what the weight is laid out for, where it can
+            run, else the reference. `blockwise` never holds the restored weight; `triton_interpret` runs the
+            kernels' arithmetic anywhere, slowly.
         layer: index into a stack of weights (a leading axis on every leaf), int32.
 
     Raises:
@@ -97,8 +127,10 @@ def svsk_matmul(
             f"{weight.shape[1]}"
         )
     if implementation is None:
-        fits = isinstance(weight, LaidOutWeight) and why_no_triton(x.dtype) is None
+        fits = isinstance(weight, ForTriton) and why_no_triton(x.dtype) is None
         implementation = "triton" if fits else "reference"
+        if isinstance(weight, Transposed):
+            implementation = "blockwise"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"svsk_matmul: unknown implementation {implementation!r}; known are {', '.join(IMPLEMENTATIONS)}"
@@ -107,9 +139,11 @@ def svsk_matmul(
 
 
 def take_rows(
-    weight: Int8Weight | TritonInt8Weight, rows: Int[Array, "*b"], dtype: DTypeLike
+    weight: Int8Weight | TritonInt8Weight | TransposedInt8Weight, rows: Int[Array, "*b"], dtype: DTypeLike
 ) -> Float[Array, "*b k"]:
     """Rows of Ŵ by index (an embedding look-up), in `dtype`."""
     if isinstance(weight, TritonInt8Weight):
         return triton_int8.take_rows(weight, rows, dtype)
+    if isinstance(weight, TransposedInt8Weight):
+        return transposed.take_rows(weight, rows, dtype)
     return reference.take_rows(weight, rows, dtype)

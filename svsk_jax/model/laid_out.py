@@ -1,12 +1,19 @@
-"""Parameters of a model for the GPU kernels."""
+"""Parameters of a model as the machine's products want them."""
 
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.svsk_matmul import Int8Weight, SVSKWeight, lay_out, lay_out_int8
+from pallas_kernels.svsk_matmul import (
+    Int8Weight,
+    SVSKWeight,
+    lay_out,
+    lay_out_int8,
+    transpose,
+    transpose_int8,
+)
 from svsk_jax.model.parameters import JOINED_LINEARS
 
 
@@ -31,11 +38,25 @@ def lay_out_parameters(parameters: MutableMapping[str, Any]) -> dict[str, Any]:
                 result[f"{prefix}{joined}.bias"] = jnp.concatenate([parameters.pop(bias) for bias in biases])
             for name in names:
                 del parameters[f"{prefix}{name}.weight"]
-    int8 = jax.jit(lay_out_int8)
+    return result | _each(parameters, lay_out, jax.jit(lay_out_int8))
+
+
+def transpose_parameters(parameters: MutableMapping[str, Any]) -> dict[str, Any]:
+    """The parameters with their packed matrices laid out for products on a CPU, taken out of `parameters` on
+    the way."""
+    return _each(parameters, transpose, jax.jit(transpose_int8))
+
+
+def _each(
+    parameters: MutableMapping[str, Any],
+    packed: Callable[[SVSKWeight], Any],
+    int8: Callable[[Int8Weight], Any],
+) -> dict[str, Any]:
+    result = {}
     for path in list(parameters):
         value = parameters.pop(path)
         if isinstance(value, SVSKWeight):
-            value = lay_out(value)
+            value = packed(value)
         elif isinstance(value, Int8Weight):
             value = int8(value)
         result[path] = value

@@ -10,6 +10,7 @@ from pallas_kernels.svsk_matmul import (
     Int8Weight,
     LaidOutWeight,
     PackedWeight,
+    TransposedInt8Weight,
     TritonInt8Weight,
     dequantize,
     svsk_matmul,
@@ -47,7 +48,7 @@ class Linear(nnx.Module):
 class Embedding(nnx.Module):
     """Rows of a [vocabulary, hidden] matrix, dense or int8."""
 
-    def __init__(self, weight: jax.Array | Int8Weight | TritonInt8Weight):
+    def __init__(self, weight: jax.Array | Int8Weight | TritonInt8Weight | TransposedInt8Weight):
         self.weight = nnx.Param(weight)
 
     def __call__(self, tokens: Int[Array, "*b"], dtype: DTypeLike) -> Float[Array, "*b d"]:
@@ -55,6 +56,6 @@ class Embedding(nnx.Module):
         weight = self.weight.get_value()
         return (
             take_rows(weight, tokens, dtype)
-            if isinstance(weight, Int8Weight | TritonInt8Weight)
+            if isinstance(weight, Int8Weight | TritonInt8Weight | TransposedInt8Weight)
             else weight[tokens].astype(dtype)
         )

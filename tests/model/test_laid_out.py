@@ -12,7 +12,7 @@ from weights import random_weight
 
 from pallas_kernels.svsk_matmul import Int8Weight, SVSKWeight, TritonInt8Weight, TritonWeight, svsk_matmul
 from svsk_jax.model import Decoder, KVCache, linear
-from svsk_jax.model.laid_out import lay_out_parameters
+from svsk_jax.model.laid_out import lay_out_parameters, transpose_parameters
 from svsk_jax.model.parameters import QUANTIZED_LINEARS, random_parameters
 
 CONFIG = dataclasses.replace(TINY, qkv_bias=True)
@@ -60,6 +60,14 @@ def check_logits(model, tokens, expected):
     for token in tokens[0]:
         last, cache = model.extend(token[None, None], cache)
     assert jnp.linalg.norm(last - expected[:, -1]) < 5e-3 * jnp.linalg.norm(expected[:, -1])
+
+
+def test_logits_on_a_cpu():
+    parameters = packed_parameters()
+    tokens = jnp.asarray([[5, 9, 2, 77]], jnp.int32)
+    expected = Decoder(CONFIG, parameters, jnp.float32)(tokens)
+    model = Decoder(CONFIG, transpose_parameters(dict(parameters)), jnp.float32)
+    assert jnp.linalg.norm(model(tokens) - expected) < 1e-5 * jnp.linalg.norm(expected)
 
 
 def test_what_is_joined():
