@@ -5,12 +5,19 @@ RUN := $(VENV)/bin
 # The registry's default torch is a CUDA build of several GB; tests need only the CPU one.
 TORCH ?= torch==2.13.0
 
-.PHONY: help demo test lint wheel clean
+# The kernels' compiler for GPUs that are not here, apart from everything else. It wants these two variables.
+GATE := .venv-gate
+GATE_WHEELS := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
+GATE_RUN = JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 PYTHONPATH="$$($(RUN)/python -c \
+	'import sysconfig; print(sysconfig.get_path("purelib"))')" $(GATE)/bin/python
+
+.PHONY: help demo test lint gate wheel clean
 
 help:
 	@echo "make demo   quantize SmolLM2-135M, measure it, ask it something"
 	@echo "make test   run the tests"
 	@echo "make lint   ruff and pyright"
+	@echo "make gate   compile the kernels for GPUs that are not here and check their machine code"
 	@echo "make wheel  build the wheel and try it outside the tree"
 	@echo "make clean  remove the environments and caches"
 
@@ -36,6 +43,15 @@ lint: $(VENV)/.dev
 	$(RUN)/ruff format --check .
 	$(RUN)/ruff check .
 	$(RUN)/pyright --pythonpath $(RUN)/python
+
+$(GATE)/.installed: $(VENV)/.dev
+	$(PYTHON) -m venv $(GATE)
+	version="$$($(RUN)/python -c 'import jax; print(jax.__version__)')" && $(GATE)/bin/python -m pip install \
+		--quiet --no-deps "jax-cuda13-plugin==$$version" "jax-cuda13-pjrt==$$version" $(GATE_WHEELS) && touch $@ \
+		|| echo "NO GATE: THE COMPILER FOR GPUS COULD NOT BE INSTALLED, NO KERNEL'S MACHINE CODE IS CHECKED"
+
+gate: $(GATE)/.installed
+	if [ -e $(GATE)/.installed ]; then $(GATE_RUN) -m pytest -n 2 tests/gate; fi
 
 wheel: $(VENV)/.dev
 	rm -rf dist build/wheel

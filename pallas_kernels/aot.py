@@ -179,6 +179,12 @@ device_description_str: "{card.name}"
     return Mesh(np.array(topology.devices[:1]), ("x",), axis_types=(AxisType.Explicit,))
 
 
+def what_is_missing() -> list[str]:
+    """Modules and variables that compiling needs and this process lacks."""
+    missing = [module for module in ("jax_cuda13_plugin", "nvidia.cu13") if not _is_installed(module)]
+    return missing + [name for name in VARIABLES if name not in os.environ]
+
+
 @contextmanager
 def targeting(target: str) -> Iterator[Mesh]:
     """Within it, code is traced for a target.
@@ -186,8 +192,7 @@ def targeting(target: str) -> Iterator[Mesh]:
     Raises:
         NotImplementedError: a wheel or one of the two variables is missing.
     """
-    missing = [module for module in ("jax_cuda13_plugin", "nvidia.cu13") if not _is_installed(module)]
-    missing += [name for name in VARIABLES if name not in os.environ]
+    missing = what_is_missing()
     if missing:
         raise NotImplementedError(
             f"compiling for {target}, which is not here, needs {' and '.join(missing)}: `make gate` installs "

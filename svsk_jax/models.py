@@ -34,6 +34,11 @@ def open_model(model: str, *, revision: str | None = None, mesh: Mesh | None = N
     return open_checkpoint(model, revision=revision)
 
 
+def automatic_weights() -> Weights:
+    """Dense on a CPU, where small models are faster so, packed elsewhere."""
+    return "dense" if jax.default_backend() == "cpu" else "packed"
+
+
 def load_model(
     source: ModelSource,
     *,

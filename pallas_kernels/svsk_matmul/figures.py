@@ -105,7 +105,7 @@ def compiled_figures(
         copies=wide,
         narrow_copies=len(copies) - wide,
         local=kernel.count("LDL|STL"),
-        products=kernel.count("HMMA", loop),
+        products=kernel.count("HMMA|HGMMA", loop),
         conversions=kernel.count("I2F", loop),
         warpgroups=kernel.count("WARPGROUP|HGMMA"),
     )

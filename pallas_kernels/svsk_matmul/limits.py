@@ -1,19 +1,94 @@
-"""What the compiled kernels may cost: limits that guard against accidents. Time on a device is the goal."""
+"""What the compiled kernels may cost. Limits guard against accidents; time on a device is the goal."""
 
 import dataclasses
 
-REGISTERS = 255
+from pallas_kernels.svsk_matmul import triton_decode, triton_int8, triton_restore, triton_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limit:
-    """Of one kernel, on every target, with any rank and group."""
+    """Of one kernel on every target, with the heuristic's blocks, any rank and groups of 16 or 32."""
 
     instructions: float
-    """Executed in the inner loop, per weight."""
+    """Executed by the inner loop for each weight; 0 where the loop is unrolled or has no product."""
     registers: int
+    wide_copies: bool
+    """Whether codes come by 16-byte asynchronous copies."""
     reason: str
 
 
-LIMITS: dict[tuple[str, int, bool], Limit] = {}
-"""By kernel, rows of x that a program computes, and whether the codebook is companded."""
+LIMITS: dict[tuple[str, int, bool], Limit] = {
+    (triton_decode.NAME, 1, False): Limit(
+        instructions=2.6,
+        registers=96,
+        wide_copies=True,
+        reason="1.9 in groups of 32, 2.4 in groups of 16: half of what an H100 can issue while it reads",
+    ),
+    (triton_decode.NAME, 1, True): Limit(
+        instructions=3.7,
+        registers=96,
+        wide_copies=True,
+        reason="three half2 operations per pair more than linear; 3.0 in groups of 32, 3.4 in groups of 16",
+    ),
+    (triton_rows.NAME, 8, False): Limit(
+        instructions=3.6,
+        registers=128,
+        wide_copies=True,
+        reason="scales go to sums of 16 or 32 columns, one fma each; x is read again for every 32 rows",
+    ),
+    (triton_rows.NAME, 8, True): Limit(
+        instructions=4.6, registers=128, wide_copies=True, reason="as linear, with the codebook's cubic"
+    ),
+    (triton_rows.NAME, 16, False): Limit(
+        instructions=4.6,
+        registers=200,
+        wide_copies=True,
+        reason="3.0 in groups of 32 and 4.2 in groups of 16: twice the sums of eight rows of x",
+    ),
+    (triton_rows.NAME, 16, True): Limit(
+        instructions=5.7, registers=200, wide_copies=True, reason="as linear, with the codebook's cubic"
+    ),
+    (triton_rows.NAME, 64, False): Limit(
+        instructions=6.8,
+        registers=255,
+        wide_copies=False,
+        reason="sums of 64 rows of x fill the registers; Hopper's loop is unrolled and loads x by itself",
+    ),
+    (triton_rows.NAME, 64, True): Limit(
+        instructions=7.4, registers=255, wide_copies=False, reason="as linear, with the codebook's cubic"
+    ),
+    (triton_restore.NAME, 384, False): Limit(
+        instructions=0.0,
+        registers=168,
+        wide_copies=False,
+        reason="writes; three programs fit a multiprocessor",
+    ),
+    (triton_restore.NAME, 384, True): Limit(
+        instructions=0.0,
+        registers=168,
+        wide_copies=False,
+        reason="writes; three programs fit a multiprocessor",
+    ),
+    (triton_int8.NAME, 1, False): Limit(
+        instructions=2.2,
+        registers=112,
+        wide_copies=True,
+        reason="a byte permutation per pair, and its offset",
+    ),
+    (triton_int8.NAME, 16, False): Limit(
+        instructions=2.8,
+        registers=144,
+        wide_copies=True,
+        reason="as for one row of x, with twice the columns",
+    ),
+    (triton_int8.NAME, 64, False): Limit(
+        instructions=8.2, registers=255, wide_copies=True, reason="sums of 64 rows of x fill the registers"
+    ),
+}
+"""By kernel, rows of x, and whether the codebook is companded."""
+
+
+def limit(kernel: str, m: int, companded: bool) -> Limit:
+    """The limit of a kernel that takes m rows of x: that of the largest number in the table not above it."""
+    counts = [rows for name, rows, of in LIMITS if (name, of) == (kernel, companded) and rows <= m]
+    return LIMITS[kernel, max(counts), companded]

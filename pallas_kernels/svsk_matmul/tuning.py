@@ -95,9 +95,11 @@ def heuristic(weight: TritonWeight, m: int) -> Blocks:
         # Small matrices fill the GPU only with short sums.
         most = 2 if weight.superblocks > 8 or weight.padded_rows > 8192 else 1
         pair = most if weight.superblocks % most == 0 else 1
-        return Blocks(rows=32, superblocks=pair, warps=2, stages=2 if most > 1 else 3)
+        # With groups of 32 the fewer instructions of taller programs fit the registers.
+        rows = 64 if weight.group == 32 and weight.padded_rows > 8192 else 32
+        return Blocks(rows=rows, superblocks=pair, warps=2, stages=2 if most > 1 else 3)
     batch = batch_of(m)
-    rows, warps = 32, 2
+    rows, warps = (64, 2) if batch == 16 and weight.group == 32 else (32, 2)
     if batch > 16:
         wide = all(padded(each) % 128 == 0 for each in weight.rows)
         # Hopper multiplies in groups of four warps; elsewhere sums of four warps overflow the registers.

@@ -4,8 +4,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from svsk_jax import pipeline
 from svsk_jax.calibration.config import CalibrationConfig
 from svsk_jax.calibration.store import Statistics
@@ -17,7 +15,7 @@ from svsk_jax.demo_model import HUB_ID, smollm2_gguf
 from svsk_jax.evaluation import report
 from svsk_jax.evaluation.evaluate import evaluate_texts
 from svsk_jax.model.source import ModelSource
-from svsk_jax.models import Weights, load_model, open_model
+from svsk_jax.models import automatic_weights, load_model, open_model
 from svsk_jax.quant.types import recipe
 from svsk_jax.runtime.chat import encode_chat, stop_ids
 from svsk_jax.runtime.generate import TextGenerator
@@ -72,7 +70,7 @@ class Demo(Verb):
             quantized = open_model(str(self.output / name))
             with progress_bar(f"evaluate {name}") as move:
                 (evaluation,) = evaluate_texts(
-                    load_model(quantized),
+                    load_model(quantized, weights=automatic_weights()),
                     tokenizer,
                     texts,
                     reference=reference,
@@ -85,10 +83,11 @@ class Demo(Verb):
         for table in report.rich_tables(rows):
             console.print(table)
         console.print(f"[bold]{self.prompt}[/]")
-        packed: Weights = "dense" if jax.default_backend() == "cpu" else "packed"
         best = open_model(str(self.output / RECIPES[-1]))
         generator = TextGenerator(
-            load_model(best, weights=packed), tokenizer, stop_ids=stop_ids(best.generation_config, tokenizer)
+            load_model(best, weights=automatic_weights()),
+            tokenizer,
+            stop_ids=stop_ids(best.generation_config, tokenizer),
         )
         ids = encode_chat(tokenizer, [{"role": "user", "content": self.prompt}])
         answer = stream_text(generator, ids, self.max_tokens, SamplingConfig(temperature=0.0))

@@ -12,7 +12,7 @@ from svsk_jax.evaluation import report
 from svsk_jax.evaluation.evaluate import Evaluation, evaluate_texts
 from svsk_jax.evaluation.windows import CONVENTIONS, Convention
 from svsk_jax.model.source import ModelSource
-from svsk_jax.models import load_model, open_model
+from svsk_jax.models import automatic_weights, load_model, open_model
 from svsk_jax.storage.checkpoint import SavedModel
 
 
@@ -38,7 +38,7 @@ class Evaluate(ModelFlags, Verb):
         tokenizer = source.tokenizer()
         texts = {_title(name): read_texts(name, "evaluation") for name in self.text}
         conventions: tuple[Convention, ...] = CONVENTIONS if self.convention == "both" else (self.convention,)
-        model = load_model(source)
+        model = load_model(source, weights=automatic_weights())
         reference = (
             None if self.reference is None else load_model(open_model(self.reference), weights="dense")
         )

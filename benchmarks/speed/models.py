@@ -1,0 +1,92 @@
+"""Models of real shapes with random packed weights: speed does not depend on the values."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from pallas_kernels.svsk_matmul import Int8Weight
+from pallas_kernels.svsk_matmul.layout import ceil_div
+from pallas_kernels.svsk_matmul.synthetic import random_weight
+from svsk_jax.model import ModelConfig
+from svsk_jax.model.parameters import QUANTIZED_LINEARS, parameter_shapes
+
+QWEN3 = ModelConfig(
+    architecture="qwen3",
+    vocab_size=151936,
+    hidden_size=1024,
+    intermediate_size=3072,
+    num_layers=28,
+    num_heads=16,
+    num_kv_heads=8,
+    head_dim=128,
+    rms_norm_eps=1e-6,
+    rope_theta=1e6,
+    max_position_embeddings=40960,
+    tie_word_embeddings=True,
+    qk_norm=True,
+)
+CONFIGS = {
+    "SmolLM2-135M": ModelConfig(
+        architecture="llama",
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        rms_norm_eps=1e-5,
+        rope_theta=1e5,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    ),
+    "Qwen3-0.6B": QWEN3,
+    "Qwen3-4B": dataclasses.replace(
+        QWEN3, hidden_size=2560, intermediate_size=9728, num_layers=36, num_heads=32
+    ),
+    "Qwen3-8B": dataclasses.replace(
+        QWEN3,
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_layers=36,
+        num_heads=32,
+        tie_word_embeddings=False,
+    ),
+}
+"""By name."""
+
+
+def packed_parameters(config: ModelConfig, seed: jax.Array, **form: Any) -> dict[str, Any]:
+    """Decoder linears in 4 bits (`form` as `synthetic.random_weight` takes it), int8 embedding and head."""
+    parameters: dict[str, Any] = {}
+    for index, (path, shape) in enumerate(parameter_shapes(config).items()):
+        key = jax.random.fold_in(seed, index)
+        if any(path.endswith(f"{name}.weight") for name in QUANTIZED_LINEARS):
+            parameters[path] = random_weight(key, *shape, **form)
+        elif len(shape) == 2:
+            parameters[path] = _int8(key, *shape)
+        else:
+            parameters[path] = jnp.ones(shape, jnp.bfloat16)
+    return parameters
+
+
+def dense_parameters(config: ModelConfig, seed: jax.Array, dtype: DTypeLike) -> dict[str, Any]:
+    """The same shapes, dense."""
+    return {
+        path: jnp.ones(shape, dtype)
+        if len(shape) == 1
+        else jax.random.normal(jax.random.fold_in(seed, index), shape, dtype)
+        / jnp.asarray(shape[1] ** 0.5, dtype)
+        for index, (path, shape) in enumerate(parameter_shapes(config).items())
+    }
+
+
+def _int8(key: jax.Array, n: int, k: int) -> Int8Weight:
+    return Int8Weight(
+        values=jax.lax.bitcast_convert_type(jax.random.bits(key, (n, k), jnp.uint8), jnp.int8),
+        scales=jnp.full((n, ceil_div(k, 64)), 0.01 / k**0.5, jnp.float16),
+        shape=(n, k),
+    )
