@@ -9,8 +9,8 @@ Every time is on the device, by its profiler: the sum of the kernels of a call, 
 another, each on another copy of the weight, so that no weight is in the cache. `kernel` is the product alone,
 without what prepares x and without the epilogue that adds the sidecar. `floor` is a kernel that only reads as
 many bytes as the weight has; `bf16` is x Wᵀ by XLA; `restore` restores Ŵ and multiplies by XLA; `rank 0` has
-no sidecar and `linear` no companding either; tinygemm is torch's _weight_int4pack_mm with groups of 128,
-which has 4.25 bits per weight and no sidecar.
+no sidecar and `linear` no companding either (both for one row of x); tinygemm is torch's
+_weight_int4pack_mm with groups of 128, which has 4.25 bits per weight and no sidecar.
 """
 
 import argparse
@@ -47,16 +47,18 @@ TARGETS = ("sm_80", "sm_89", "sm_90", "sm_120")
 
 def restored(x: jax.Array, weight: TritonWeight) -> jax.Array:
     dense = triton_restore.restore(weight, x.dtype)
-    return jnp.matmul(x, dense.T, preferred_element_type=jnp.float32).astype(x.dtype)
+    return jnp.matmul(x, dense.T, preferred_element_type=x.dtype)
 
 
 def dense(x: jax.Array, weight: jax.Array) -> jax.Array:
-    return jnp.matmul(x, weight.T, preferred_element_type=jnp.float32).astype(x.dtype)
+    return jnp.matmul(x, weight.T, preferred_element_type=x.dtype)
 
 
 def jax_works(n: int, k: int, m: int) -> tuple[dict[str, Work], int]:
     """Our products and XLA's, and the bytes of the weight."""
-    forms = {"svsk": {}, "rank 0": {"rank": 0}, "linear": {"rank": 0, "companded": False}}
+    forms: dict[str, dict[str, Any]] = {"svsk": {}}
+    if m == 1:
+        forms |= {"rank 0": {"rank": 0}, "linear": {"rank": 0, "companded": False}}
     works: dict[str, Work] = {}
     nbytes = 0
     for name, form in forms.items():
@@ -65,7 +67,7 @@ def jax_works(n: int, k: int, m: int) -> tuple[dict[str, Work], int]:
         works[name] = (svsk_matmul, operands)
         if name == "svsk":
             nbytes = weights[0].nbytes
-            works |= {} if m >= FUSED_LIMIT else {"restore": (restored, operands)}
+            works |= {"restore": (restored, operands)} if 16 < m < FUSED_LIMIT else {}
     count = min(LAUNCHES, 1 + WORKING_SET // (2 * n * k))
     matrices = [jax.random.normal(jax.random.key(i), (n, k), jnp.bfloat16) for i in range(count)]
     works["bf16"] = (dense, operands_of(matrices, m, k, LAUNCHES))

@@ -67,7 +67,8 @@ def matmul(
         else:
             dense = triton_restore.restore(weight, x.dtype, layer=layer, interpret=interpret)
             flat = pad_axis(flat, 1, SUPERBLOCK)
-        y = jnp.matmul(flat, dense.T, preferred_element_type=jnp.float32).astype(x.dtype)
+        # Sums are f32 whatever the result: a wider one would be written and read once more.
+        y = jnp.matmul(flat, dense.T, preferred_element_type=x.dtype)
     elif int8:
         batch = max(8, batch_of(m))
         small, unit = triton_prepare.prepare(flat, batch=batch, interpret=interpret)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.svsk_matmul.layout import ceil_div
 from pallas_kernels.svsk_matmul.triton_layout import ROW_UNIT, TritonWeight
+from pallas_kernels.svsk_matmul.triton_planes import small_to_f32
 
 NAME = "svsk_epilogue"
 RANKS = 16
@@ -22,18 +23,52 @@ BATCH = 16
 """Rows of x that a program finishes, where there are several."""
 
 
-def _kernel(*refs, parts: int, m: int, rows: int, sidecar: bool, stacked: bool):
+def _names(sidecar: bool, stacked: bool) -> list[str]:
     names = ["products", "unit"] + (["v_scale", "u", "ranges"] if sidecar else [])
-    names += ["layer"] if sidecar and stacked else []
-    ref = dict(zip([*names, "out"], refs, strict=True))
+    return names + (["layer"] if sidecar and stacked else []) + ["out"]
+
+
+def _one_row(*refs, parts: int, rows: int, sidecar: bool, stacked: bool):
+    ref = dict(zip(_names(sidecar, stacked), refs, strict=True))
     at = (plgpu.load(ref["layer"].at[jnp.int32(0)]),) if "layer" in ref else ()
-    block, batch = pl.program_id(0), 1 if m == 1 else BATCH
-    item = pl.program_id(1) * batch + lax.broadcasted_iota(jnp.int32, (batch, 1), 0)
+    block = pl.program_id(0)
+    row = pl.ds(block * ROW_UNIT, ROW_UNIT)
+    y = jnp.float32(0)
+    for part in range(parts):
+        y += plgpu.load(ref["products"].at[jnp.int32(part), jnp.int32(0), row])
+    if sidecar:
+        first, count, begin = (plgpu.load(ref["ranges"].at[(*at, block, jnp.int32(i))]) for i in range(3))
+        u_row = lax.broadcasted_iota(jnp.int32, (ROW_UNIT, RANKS), 0)
+        u_rank = lax.broadcasted_iota(jnp.int32, (ROW_UNIT, RANKS), 1)
+        rank = lax.broadcasted_iota(jnp.int32, (RANKS,), 0)
+
+        def some(i, y):
+            here = i * RANKS
+            index = (*at, begin + u_row * count + here + u_rank)
+            u = plgpu.load(ref["u"].at[index], mask=here + u_rank < count, other=0)
+            v_row, alive = first + here + rank, here + rank < count
+            t = jnp.float32(0)
+            for part in range(parts):
+                index = (jnp.int32(part), jnp.int32(0), rows + v_row)
+                t += plgpu.load(ref["products"].at[index], mask=alive, other=0.0)
+            t *= plgpu.load(ref["v_scale"].at[(*at, v_row)], mask=alive, other=0.0)
+            return y + jnp.sum(small_to_f32(u) * t[None, :], axis=1)
+
+        y = lax.fori_loop(0, lax.div(count + (RANKS - 1), jnp.int32(RANKS)), some, y)
+    value = y * plgpu.load(ref["unit"].at[jnp.int32(0)])
+    plgpu.store(ref["out"].at[jnp.int32(0), row], value.astype(ref["out"].dtype))
+
+
+def _several_rows(*refs, parts: int, rows: int, sidecar: bool, stacked: bool):
+    ref = dict(zip(_names(sidecar, stacked), refs, strict=True))
+    at = (plgpu.load(ref["layer"].at[jnp.int32(0)]),) if "layer" in ref else ()
+    block, m = pl.program_id(0), ref["out"].shape[0]
+    item = pl.program_id(1) * BATCH + lax.broadcasted_iota(jnp.int32, (BATCH, 1), 0)
 
     def summed(column, mask):
         """Of the parts, at columns of every item."""
         total = jnp.float32(0)
-        shape = (batch, column.shape[1])
+        shape = (BATCH, column.shape[1])
         at_item, at_column = jnp.broadcast_to(item, shape), jnp.broadcast_to(column, shape)
         for part in range(parts):
             index = (jnp.int32(part), at_item, at_column)
@@ -55,8 +90,6 @@ def _kernel(*refs, parts: int, m: int, rows: int, sidecar: bool, stacked: bool):
             alive = here + rank < count
             scale = plgpu.load(ref["v_scale"].at[(*at, first + here + rank)], mask=alive, other=0.0)
             t = summed(rows + first + here + rank, alive) * scale
-            if m == 1:
-                return y + jnp.sum(t.reshape(RANKS, 1) * u, axis=0)[None, :]
             return y + plgpu.dot(t, u, precision=lax.Precision.HIGHEST)
 
         y = lax.fori_loop(0, lax.div(count + (RANKS - 1), jnp.int32(RANKS)), some, y)
@@ -94,7 +127,11 @@ def finish(
         if layer is not None:
             operands.append(jnp.reshape(layer, (1,)).astype(jnp.int32))
     body = partial(
-        _kernel, parts=parts, m=m, rows=weight.padded_rows, sidecar=sidecar, stacked=layer is not None
+        _one_row if m == 1 else _several_rows,
+        parts=parts,
+        rows=weight.padded_rows,
+        sidecar=sidecar,
+        stacked=layer is not None,
     )
     whole = [pl.BlockSpec(each.shape, partial(lambda n, *_: (0,) * n, each.ndim)) for each in operands]
     return pl.pallas_call(

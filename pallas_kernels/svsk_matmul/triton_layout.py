@@ -201,5 +201,5 @@ def _constants(coefficients: jax.Array | None, companded: bool) -> Float[Array, 
 
 
 def _round(x: jax.Array) -> jax.Array:
-    """To f16's precision."""
-    return x.astype(jnp.float16).astype(jnp.float32)
+    """To f16's precision, subnormals included. XLA drops a pair of conversions that nothing separates."""
+    return jax.lax.optimization_barrier(x.astype(jnp.float16)).astype(jnp.float32)

@@ -26,7 +26,7 @@ REASON = why_no_triton("bfloat16")
 pytestmark = pytest.mark.skipif(
     REASON is not None, reason=f"NO KERNEL WAS RUN ON A GPU: {REASON}; set JAX_PLATFORMS=cuda on one"
 )
-SHAPES = [(64, 256), (200, 330), (577, 31), (70, 1100), (1024, 2048)]
+SHAPES = [(200, 330), (577, 31), (1024, 2048)]
 ROWS = [1, 2, 7, 16, 64, 200, FUSED_LIMIT]
 
 

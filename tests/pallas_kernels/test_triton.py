@@ -217,7 +217,7 @@ def test_refusals():
     x = normal(rng, 2, 300)
     with pytest.raises(ValueError, match=r"x has 299 columns, the weight \[70, 300\] wants 300"):
         svsk_matmul(x[:, 1:], weight)
-    with pytest.raises(ValueError, match="unknown implementation 'cuda'; known are reference, triton"):
+    with pytest.raises(ValueError, match="unknown implementation 'cuda'; known are reference, blockwise"):
         svsk_matmul(x, weight, "cuda")
     with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU, this is cpu"):
         svsk_matmul(x, weight, "triton")
