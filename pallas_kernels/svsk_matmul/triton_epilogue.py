@@ -12,7 +12,6 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.svsk_matmul.layout import ceil_div
 from pallas_kernels.svsk_matmul.triton_layout import ROW_UNIT, TritonWeight
-from pallas_kernels.svsk_matmul.triton_planes import small_to_f32
 
 NAME = "svsk_epilogue"
 RANKS = 16
@@ -35,28 +34,29 @@ def _one_row(*refs, parts: int, rows: int, sidecar: bool, stacked: bool):
     row = pl.ds(block * ROW_UNIT, ROW_UNIT)
     y = jnp.float32(0)
     for part in range(parts):
-        y += plgpu.load(ref["products"].at[jnp.int32(part), jnp.int32(0), row])
+        y += plgpu.load(ref["products"].at[jnp.int32(part), slice(None), row])
     if sidecar:
         first, count, begin = (plgpu.load(ref["ranges"].at[(*at, block, jnp.int32(i))]) for i in range(3))
         u_row = lax.broadcasted_iota(jnp.int32, (ROW_UNIT, RANKS), 0)
         u_rank = lax.broadcasted_iota(jnp.int32, (ROW_UNIT, RANKS), 1)
-        rank = lax.broadcasted_iota(jnp.int32, (RANKS,), 0)
+        item = lax.broadcasted_iota(jnp.int32, (1, RANKS), 0)
+        rank = lax.broadcasted_iota(jnp.int32, (1, RANKS), 1)
 
         def some(i, y):
             here = i * RANKS
             index = (*at, begin + u_row * count + here + u_rank)
-            u = plgpu.load(ref["u"].at[index], mask=here + u_rank < count, other=0)
+            u = plgpu.load(ref["u"].at[index], mask=here + u_rank < count, other=0).astype(jnp.float32)
             v_row, alive = first + here + rank, here + rank < count
             t = jnp.float32(0)
             for part in range(parts):
-                index = (jnp.int32(part), jnp.int32(0), rows + v_row)
+                index = (jnp.int32(part), item, rows + v_row)
                 t += plgpu.load(ref["products"].at[index], mask=alive, other=0.0)
             t *= plgpu.load(ref["v_scale"].at[(*at, v_row)], mask=alive, other=0.0)
-            return y + jnp.sum(small_to_f32(u) * t[None, :], axis=1)
+            return y + jnp.sum(t[:, None, :] * u[None, :, :], axis=2)
 
         y = lax.fori_loop(0, lax.div(count + (RANKS - 1), jnp.int32(RANKS)), some, y)
     value = y * plgpu.load(ref["unit"].at[jnp.int32(0)])
-    plgpu.store(ref["out"].at[jnp.int32(0), row], value.astype(ref["out"].dtype))
+    plgpu.store(ref["out"].at[:, row], value.astype(ref["out"].dtype))
 
 
 def _several_rows(*refs, parts: int, rows: int, sidecar: bool, stacked: bool):

@@ -13,9 +13,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.svsk_matmul.triton_layout import PLANE, ROW_UNIT, SUPERBLOCK, TritonWeight
 from pallas_kernels.svsk_matmul.triton_planes import (
     LINEAR_STEP,
-    UNITS,
     Codebook,
-    byte_plane,
     companded_plane,
     linear_plane,
     small_to_f32,
@@ -24,7 +22,7 @@ from pallas_kernels.svsk_matmul.triton_planes import (
 NAME = "svsk_restore"
 RANKS = 16
 """Sidecar rows taken at a time: the depth of a tensor-core product."""
-WARPS = 8
+WARPS = 4
 
 
 def _kernel(*refs, weight: TritonWeight, stacked: bool, asm: bool):
@@ -58,40 +56,35 @@ def _kernel(*refs, weight: TritonWeight, stacked: bool, asm: bool):
             return level * scale.astype(jnp.float32)
         return level * (small_to_f32(scale) * supers[:, None])
 
-    def sidecar(half, low, high):
+    def sidecar(plane, total):
         first, count, begin = (plgpu.load(ref["ranges"].at[(*at, block, jnp.int32(i))]) for i in range(3))
         u_row = lax.broadcasted_iota(jnp.int32, (ROW_UNIT, RANKS), 0)
         u_rank = lax.broadcasted_iota(jnp.int32, (ROW_UNIT, RANKS), 1)
         v_rank = lax.broadcasted_iota(jnp.int32, (RANKS, PLANE), 0)
         column = lax.broadcasted_iota(jnp.int32, (RANKS, PLANE), 1)
 
-        def some(i, sums):
+        def some(i, total):
             here = i * RANKS
             alive = here + u_rank < count
             u = plgpu.load(ref["u"].at[(*at, begin + u_row * count + here + u_rank)], mask=alive, other=0)
-            rank = here + lax.broadcasted_iota(jnp.int32, (RANKS,), 0)
-            scale = plgpu.load(ref["v_scale"].at[(*at, first + rank)], mask=rank < count, other=0.0)
+            scale = plgpu.load(ref["v_scale"].at[(*at, first + here + u_rank)], mask=alive, other=0.0)
             # A power of two takes the largest factor to 1 to 2, so that all fit f16.
             bits = lax.bitcast_convert_type(jnp.max(scale), jnp.int32) & 0x7F800000
             unit = lax.bitcast_convert_type(jnp.maximum(bits, 1 << 23), jnp.float32)
-            u = (small_to_f32(u) * (scale * (1 / unit))[None, :]).astype(jnp.float16)
-            index = (*at, first + here + v_rank, (2 * b + half) * PLANE + column)
+            u = (u.astype(jnp.float32) * (scale / unit)).astype(jnp.float16)
+            index = (*at, first + here + v_rank, (2 * b + plane // 2) * PLANE + column)
             pairs = plgpu.load(ref["v"].at[index], mask=here + v_rank < count, other=0)
-            offset = plgpu.dot(u, jnp.full((RANKS, PLANE), -128 * UNITS[0], jnp.float16))
-            unit = unit * (1 / UNITS[0])
-            return tuple(
-                total + (plgpu.dot(u, byte_plane(pairs, byte, asm=asm)) + offset) * unit
-                for byte, total in enumerate(sums)
-            )
+            byte = lax.shift_right_logical(pairs, jnp.int16(8 * (plane % 2))) & jnp.int16(255)
+            v = (byte.astype(jnp.float32) - 128).astype(jnp.float16)
+            return total + plgpu.dot(u, v) * unit
 
-        return lax.fori_loop(0, lax.div(count + (RANKS - 1), jnp.int32(RANKS)), some, (low, high))
+        return lax.fori_loop(0, lax.div(count + (RANKS - 1), jnp.int32(RANKS)), some, total)
 
-    for half in range(2):
-        values = base(2 * half), base(2 * half + 1)
+    for plane in range(4):
+        value = base(plane)
         if weight.v is not None:
-            values = sidecar(half, *values)
-        for plane, value in enumerate(values, 2 * half):
-            plgpu.store(ref["out"].at[:, pl.ds(plane * PLANE, PLANE)], value.astype(ref["out"].dtype))
+            value = sidecar(plane, value)
+        plgpu.store(ref["out"].at[:, pl.ds(plane * PLANE, PLANE)], value.astype(ref["out"].dtype))
 
 
 def restore(
