@@ -27,7 +27,7 @@ class Generate(ModelFlags, Verb):
     """Most tokens to write."""
     weights: Literal["auto", "packed", "dense"] = "auto"
     """Run from packed weights or from their dense restore; auto: dense on a CPU, where small models are
-    faster so and larger ones take seven times the memory."""
+    faster so and larger ones take six times the memory."""
     sampling: SamplingConfig = SamplingConfig()
     """How to choose tokens."""
 
