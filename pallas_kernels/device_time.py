@@ -33,8 +33,10 @@ def call_times(chains: Sequence[Callable[[], Any]], length: int, repeats: int = 
     times how often a call runs the kernel.
 
     Raises:
-        RuntimeError: the trace does not show every chain, as on a machine without a GPU.
+        RuntimeError: there is no GPU, or the trace does not show every chain.
     """
+    if jax.default_backend() != "gpu":
+        raise RuntimeError(f"kernels are timed on a GPU, this is {jax.default_backend()}")
     mark = jax.jit(_mark).lower(jnp.zeros(16, jnp.float32)).compile()
     zeros = jnp.zeros(16, jnp.float32)
 
@@ -51,7 +53,7 @@ def call_times(chains: Sequence[Callable[[], Any]], length: int, repeats: int = 
         elif found:
             found[-1].append((name, duration))
     if len(found) != len(chains):
-        raise RuntimeError(f"the profiler saw {len(found)} of {len(chains)} chains of calls; is there a GPU?")
+        raise RuntimeError(f"the profiler saw {len(found)} of {len(chains)} chains of calls")
     return [_of_a_call(launches, length * repeats) for launches in found]
 
 

@@ -240,6 +240,17 @@ def test_other_errors_have_their_own_status():
     assert "--debug" in message
 
 
+def test_tune_kernels_without_a_gpu_or_its_compiler(capsys):
+    assert svsk("tune-kernels", "--models", "Qwen3-0.6B", "--batches", 1) == 2
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "nothing can be timed here (it needs an NVIDIA GPU, this is cpu)" in said
+    assert "`make gate` installs" in said
+    assert svsk("tune-kernels", "--models", "GPT-2") == 2
+    assert "--models GPT-2: known are SmolLM2-135M, Qwen3-0.6B" in capsys.readouterr().err.replace("\n", " ")
+    assert svsk("tune-kernels", "--batches", 7) == 2
+    assert "--batches [7]: choose from 1, 8, 16, 32, 64" in capsys.readouterr().err
+
+
 def test_interrupt_leaves_nothing(checkpoint, tmp_path):
     command = [
         sys.executable,

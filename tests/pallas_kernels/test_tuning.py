@@ -1,0 +1,107 @@
+"""Block configurations: tables, rules, and the search on pretended times."""
+
+import json
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from pallas_kernels import device_time
+from pallas_kernels.svsk_matmul import search, tuning
+from pallas_kernels.svsk_matmul.figures import abstract_weight
+from pallas_kernels.svsk_matmul.shapes import MODELS, unique_shapes
+from pallas_kernels.svsk_matmul.tuning import Blocks, candidates, configuration, heuristic, table, table_path
+
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+def pretend(monkeypatch, kind):
+    device = SimpleNamespace(device_kind=kind, compute_capability="9.0")
+    monkeypatch.setattr(tuning, "target_device", lambda: device)
+
+
+@pytest.mark.parametrize("path", sorted(tuning.TABLES.glob("*.json")), ids=lambda path: path.stem)
+def test_committed_tables_fit_their_shapes(path):
+    kind = json.loads(path.read_text(encoding="utf-8"))["device"]
+    assert table_path(kind) == path
+    found = table(kind)
+    known = 0
+    for shape in unique_shapes():
+        weight = abstract_weight(*shape)
+        for batch, blocks in found.get(tuning.shape_key(weight), {}).items():
+            assert blocks.misfits(weight, batch) == []
+            known += 1
+    assert known >= 12
+
+
+def test_a_table_goes_before_the_rule_where_it_fits(monkeypatch):
+    weight = abstract_weight(6144, 4096)
+    pretend(monkeypatch, H100)
+    assert configuration(weight, 1) == table(H100)["6144x4096"][1] != heuristic(weight, 1)
+    assert configuration(weight, 60) == table(H100)["6144x4096"][64]
+    # No entry for 20 rows of x, none for another shape, none for another device.
+    assert configuration(weight, 20) == heuristic(weight, 20)
+    other = abstract_weight(6144, 512)
+    assert configuration(other, 1) == heuristic(other, 1)
+    pretend(monkeypatch, "NVIDIA of tomorrow")
+    assert configuration(weight, 1) == heuristic(weight, 1)
+
+
+def test_a_table_that_does_not_fit_is_passed_over(monkeypatch, tmp_path):
+    weight = abstract_weight(96, 256)
+    document = {
+        "blocks": {tuning.shape_key(weight): {"1": {"rows": 96, "superblocks": 1, "warps": 2, "stages": 2}}}
+    }
+    monkeypatch.setattr(tuning, "table_path", lambda kind: tmp_path / "table.json")
+    (tmp_path / "table.json").write_text(json.dumps(document))
+    pretend(monkeypatch, "a kind that only this test names")
+    assert configuration(weight, 1) == heuristic(weight, 1)
+
+
+@pytest.mark.parametrize("batch", search.BATCHES)
+@pytest.mark.parametrize("shape", unique_shapes())
+def test_candidates(shape, batch):
+    weight = abstract_weight(*shape)
+    found = candidates(weight, batch)
+    assert found[0] == heuristic(weight, batch)
+    assert len(set(found)) == len(found)
+    assert all(blocks.misfits(weight, batch) == [] for blocks in found)
+
+
+def test_the_search_keeps_the_fastest(monkeypatch):
+    timed = []
+
+    def pretended(weights, m, choices):
+        timed.append((m, choices))
+        return [10.0 if blocks != choices[-1] else 5.0 for blocks in choices]
+
+    monkeypatch.setattr(search, "blocks_times", pretended)
+    told = []
+    found = search.search([(128, 512)], (1, 16), lambda *args: told.append(args))
+    assert list(found) == ["128x512"]
+    assert [m for m, _ in timed] == [1, 16]
+    for (m, choices), (shape, batch, blocks, time) in zip(timed, told, strict=True):
+        assert (shape, batch, blocks, time) == ((128, 512), m, choices[-1], 5.0)
+        assert Blocks(**found["128x512"][str(m)], batch=m) == choices[-1]
+
+
+def test_times_of_a_call_are_medians_by_kernel():
+    launches = [("product", 1.0), ("sum", 4.0), ("sum", 4.0), ("product", 3.0), ("sum", 6.0), ("sum", 4.0)]
+    assert device_time._of_a_call([*launches, ("product", 2.0), ("sum", 4.0), ("sum", 4.0)], 3) == {
+        "product": 2.0,
+        "sum": 8.0,
+    }
+
+
+def test_a_chain_calls_on_every_operand():
+    run = device_time.chain(
+        lambda x, y: x * y, [(jax.numpy.float32(i), jax.numpy.float32(2)) for i in range(3)]
+    )
+    assert [float(value) for value in run()] == [0.0, 2.0, 4.0]
+    with pytest.raises(RuntimeError, match="timed on a GPU, this is cpu"):
+        device_time.call_times([run], 3)
+
+
+def test_shapes_of_models():
+    assert all(set(shapes) == {"qkv", "o", "gate_up", "down"} for shapes in MODELS.values())
+    assert len(unique_shapes()) == len(set(unique_shapes()))
