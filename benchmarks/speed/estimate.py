@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.speed.models import CONFIGS
 from pallas_kernels.svsk_matmul.layout import tile_spans
 from svsk_jax import CalibrationConfig, QuantConfig
 from svsk_jax.model import ModelConfig
@@ -41,29 +42,7 @@ FACTOR_COPIES = 5
 Shape = tuple[int, int]
 
 
-def _qwen3(hidden: int, mlp: int, layers: int, heads: int) -> ModelConfig:
-    return ModelConfig(
-        architecture="qwen3",
-        vocab_size=151936,
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=8,
-        head_dim=128,
-        rms_norm_eps=1e-6,
-        rope_theta=1e6,
-        max_position_embeddings=40960,
-        tie_word_embeddings=False,
-        qk_norm=True,
-    )
-
-
-MODELS = {
-    "Qwen3-4B": _qwen3(2560, 9728, 36, 32),
-    "Qwen3-8B": _qwen3(4096, 12288, 36, 32),
-    "Qwen3-32B": _qwen3(5120, 25600, 64, 64),
-}
+MODELS = {name: CONFIGS[name] for name in ("Qwen3-4B", "Qwen3-8B", "Qwen3-32B")}
 
 
 def _height(n: int) -> int:

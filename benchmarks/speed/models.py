@@ -1,6 +1,5 @@
 """Models of real shapes with random packed weights: speed does not depend on the values."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -13,21 +12,26 @@ from pallas_kernels.svsk_matmul.synthetic import random_weight
 from svsk_jax.model import ModelConfig
 from svsk_jax.model.parameters import QUANTIZED_LINEARS, parameter_shapes
 
-QWEN3 = ModelConfig(
-    architecture="qwen3",
-    vocab_size=151936,
-    hidden_size=1024,
-    intermediate_size=3072,
-    num_layers=28,
-    num_heads=16,
-    num_kv_heads=8,
-    head_dim=128,
-    rms_norm_eps=1e-6,
-    rope_theta=1e6,
-    max_position_embeddings=40960,
-    tie_word_embeddings=True,
-    qk_norm=True,
-)
+
+def qwen3(hidden: int, mlp: int, layers: int, heads: int, *, tied: bool = False) -> ModelConfig:
+    """Qwen3 of a size."""
+    return ModelConfig(
+        architecture="qwen3",
+        vocab_size=151936,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=8,
+        head_dim=128,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+        max_position_embeddings=40960,
+        tie_word_embeddings=tied,
+        qk_norm=True,
+    )
+
+
 CONFIGS = {
     "SmolLM2-135M": ModelConfig(
         architecture="llama",
@@ -43,18 +47,10 @@ CONFIGS = {
         max_position_embeddings=8192,
         tie_word_embeddings=True,
     ),
-    "Qwen3-0.6B": QWEN3,
-    "Qwen3-4B": dataclasses.replace(
-        QWEN3, hidden_size=2560, intermediate_size=9728, num_layers=36, num_heads=32
-    ),
-    "Qwen3-8B": dataclasses.replace(
-        QWEN3,
-        hidden_size=4096,
-        intermediate_size=12288,
-        num_layers=36,
-        num_heads=32,
-        tie_word_embeddings=False,
-    ),
+    "Qwen3-0.6B": qwen3(1024, 3072, 28, 16, tied=True),
+    "Qwen3-4B": qwen3(2560, 9728, 36, 32, tied=True),
+    "Qwen3-8B": qwen3(4096, 12288, 36, 32),
+    "Qwen3-32B": qwen3(5120, 25600, 64, 64),
 }
 """By name."""
 

@@ -28,7 +28,9 @@ class Figures:
     kernel: str
     target: str
     instructions: float
-    """Of the inner loop, executed by all threads together, per weight; 0 for a kernel without such a loop."""
+    """Of the inner loop, executed by all threads together, per weight; 0 where the loop is unrolled."""
+    whole: float
+    """The same of the whole kernel, the rows of sidecars included: an upper bound."""
     registers: int
     stack_bytes: int
     spilled_bytes: int
@@ -92,12 +94,14 @@ def compiled_figures(
     )
     [kernel] = [each for each in kernels if each.name == name]
     loop = kernel.loops[0] if kernel.loops else ()
+    threads, columns = warps * aot.WARP, SUPERBLOCK * (1 if blocks is None else blocks.superblocks)
     copies = [i for i in kernel.instructions if i.opcode.startswith("LDGSTS")]
     wide = sum(bool(re.search(r"\.128", i.opcode)) for i in copies)
     return Figures(
         kernel=name,
         target=target,
-        instructions=len(loop) * warps * aot.WARP / (rows * SUPERBLOCK) if rows else 0.0,
+        instructions=len(loop) * threads / (rows * SUPERBLOCK) if rows else 0.0,
+        whole=len(kernel.instructions) * threads / (rows * columns) if rows else 0.0,
         registers=kernel.registers,
         stack_bytes=kernel.stack_bytes,
         spilled_bytes=kernel.spilled_bytes,
@@ -121,7 +125,7 @@ def estimate(figures: Figures, weight: TritonWeight, m: int, blocks: Blocks) -> 
     programs = weight.padded_rows // blocks.rows * (weight.superblocks // blocks.superblocks)
     programs *= ceil_div(m, blocks.batch)
     waves = ceil_div(programs, card.multiprocessors * resident)
-    of_program = figures.instructions * blocks.rows * SUPERBLOCK * blocks.superblocks
+    of_program = (figures.instructions or figures.whole) * blocks.rows * SUPERBLOCK * blocks.superblocks
     issuing = waves * resident * of_program / (ISSUE_PER_CYCLE * aot.WARP * card.clock)
     return 1e6 * max(reading, issuing)
 

@@ -79,7 +79,8 @@ class TuneKernels(Verb):
             weight = abstract_weight(*shape)
             for batch in self.batches:
                 for time, blocks, figures in rank(weight, batch, self.target, candidates(weight, batch)):
-                    numbers = (f"{time:.1f}", f"{figures.instructions:.2f}", str(figures.registers))
+                    executed = figures.instructions or figures.whole
+                    numbers = (f"{time:.1f}", f"{executed:.2f}", str(figures.registers))
                     table.add_row(f"{shape[0]} × {shape[1]}", str(batch), describe(blocks), *numbers)
                     ranked.append({"shape": shape, "batch": batch, "us": time} | dataclasses.asdict(blocks))
         console.print(table)
