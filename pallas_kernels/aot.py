@@ -15,7 +15,6 @@ import os
 import re
 import subprocess
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
@@ -137,10 +136,6 @@ class Kernel:
     def count(self, pattern: str, body: Sequence[Instruction] | None = None) -> int:
         """Instructions whose opcode begins with a regular expression, of the kernel or of a part of it."""
         return sum(bool(re.match(pattern, i.opcode)) for i in (self.instructions if body is None else body))
-
-    def mix(self, body: Sequence[Instruction]) -> Counter[str]:
-        """Opcodes, without their modifiers, and how often each occurs."""
-        return Counter(i.opcode.split(".")[0] for i in body)
 
 
 @cache

@@ -1,5 +1,6 @@
 """Time of kernels on a GPU, by its profiler."""
 
+import dataclasses
 import statistics
 import tempfile
 from collections import defaultdict
@@ -19,18 +20,26 @@ Times = dict[str, float]
 """Microseconds of one call, by kernel."""
 
 
-def chain(function: Callable[..., Any], operands: Sequence[tuple[Any, ...]]) -> Callable[[], Any]:
-    """A compiled call that applies a function to each of several operands, one launch after another as in a
-    model: kernels find the device busy, and in its cache what the others left."""
-    compiled = (
-        jax.jit(lambda operands: [function(*each) for each in operands]).lower(list(operands)).compile()
-    )
-    return lambda: compiled(list(operands))
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """A call that makes `length` equal calls one after another, as in a model: kernels find the device busy,
+    and in its cache what the others left."""
+
+    run: Callable[[], Any]
+    length: int
 
 
-def call_times(chains: Sequence[Callable[[], Any]], length: int, repeats: int = 3) -> list[Times]:
-    """For each of several chains of `length` equal calls, the kernels of a call: medians over all calls,
-    times how often a call runs the kernel.
+def chain(function: Callable[..., Any], operands: Sequence[tuple[Any, ...]]) -> Chain:
+    """A compiled chain that applies a function to each of several operands."""
+    # Traced and lowered once for all.
+    once = jax.jit(function)
+    compiled = jax.jit(lambda operands: [once(*each) for each in operands]).lower(list(operands)).compile()
+    return Chain(lambda: compiled(list(operands)), len(operands))
+
+
+def call_times(chains: Sequence[Chain], repeats: int = 3) -> list[Times]:
+    """For each chain the kernels of one of its calls: medians over all calls, times how often a call runs the
+    kernel.
 
     Raises:
         RuntimeError: there is no GPU, or the trace does not show every chain.
@@ -43,7 +52,7 @@ def call_times(chains: Sequence[Callable[[], Any]], length: int, repeats: int = 
     def run() -> None:
         for each in chains:
             mark(zeros).block_until_ready()
-            jax.block_until_ready([each() for _ in range(repeats)])
+            jax.block_until_ready([each.run() for _ in range(repeats)])
 
     run()
     found: list[list[tuple[str, float]]] = []
@@ -52,9 +61,12 @@ def call_times(chains: Sequence[Callable[[], Any]], length: int, repeats: int = 
             found.append([])
         elif found:
             found[-1].append((name, duration))
-    if len(found) != len(chains):
-        raise RuntimeError(f"the profiler saw {len(found)} of {len(chains)} chains of calls")
-    return [_of_a_call(launches, length * repeats) for launches in found]
+    if len(found) != len(chains) or not all(found):
+        raise RuntimeError(
+            f"the profiler saw {sum(map(bool, found))} of {len(chains)} chains of calls; it sees no kernel "
+            f"inside a CUDA graph: set XLA_FLAGS={WITHOUT_GRAPHS} before jax starts"
+        )
+    return [_of_a_call(each, calls.length * repeats) for each, calls in zip(found, chains, strict=True)]
 
 
 def _of_a_call(launches: list[tuple[str, float]], calls: int) -> Times:

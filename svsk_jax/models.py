@@ -1,7 +1,7 @@
 """From what a user types after `--model` to something that runs."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
@@ -17,7 +17,7 @@ from svsk_jax.model.source import ModelSource
 from svsk_jax.pipeline.checks import default_dtype
 from svsk_jax.storage.checkpoint import SavedModel, is_saved_model
 
-Weights = Literal["packed", "dense"]
+Weights = Literal["auto", "packed", "dense"]
 
 
 def open_model(model: str, *, revision: str | None = None, mesh: Mesh | None = None) -> ModelSource:
@@ -51,11 +51,14 @@ def load_model(
     Args:
         source: from `open_model`.
         dtype: of activations and dense weights; default f32 on CPU, bf16 elsewhere.
-        weights: keep packed matrices packed, laid out for the GPU's kernels or for a CPU, or restore them to
-            dense ones, which takes more memory and is faster for many tokens at a time.
+        weights: keep packed matrices packed, or restore them to dense ones, which takes more memory and is
+            faster for many tokens at a time, on a CPU for small models always; auto: `automatic_weights`. On
+            one device packed ones are laid out for its kernels, where dtype is bf16 or f16 and it is an
+            NVIDIA GPU from Ampere on, or for a CPU; over several they stay as stored.
         mesh: devices to load onto.
     """
     dtype = default_dtype() if dtype is None else dtype
+    weights = automatic_weights() if weights == "auto" else weights
     parameters = load_parameters(source, dtype, mesh)
     if weights == "dense":
         restore = jax.jit(to_dense, static_argnames="dtype")
@@ -63,9 +66,17 @@ def load_model(
             path: value if isinstance(value, jax.Array) else restore(value, dtype=dtype)
             for path, value in parameters.items()
         }
-    elif mesh is None or mesh.size == 1:
-        if why_no_triton(dtype) is None:
-            parameters = lay_out_parameters(parameters)
-        elif jax.default_backend() == "cpu":
-            parameters = transpose_parameters(parameters)
+    else:
+        parameters = _laid_out(parameters, dtype)
     return Decoder(source.config, parameters, dtype)
+
+
+def _laid_out(parameters: dict[str, Any], dtype: DTypeLike) -> dict[str, Any]:
+    devices = {device for leaf in jax.tree.leaves(parameters) for device in leaf.sharding.device_set}
+    if len(devices) != 1:
+        return parameters
+    [device] = devices
+    with jax.default_device(device):
+        if why_no_triton(dtype) is None:
+            return lay_out_parameters(parameters)
+        return transpose_parameters(parameters) if device.platform == "cpu" else parameters

@@ -30,9 +30,9 @@ from svsk_jax.runtime.generate import GenerationResult, TextGenerator
 
 ROUNDS = 3
 FORMS: dict[str, dict[str, Any]] = {
-    "svsk-r16": {"rank": 16},
+    "packed": {"rank": 16},
     "without sidecar": {"rank": 0},
-    "classic-r16": {"rank": 16, "group": 32, "companded": False},
+    "linear, groups of 32": {"rank": 16, "group": 32, "companded": False},
 }
 
 
@@ -84,7 +84,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", default=["SmolLM2-135M"], choices=CONFIGS)
-    parser.add_argument("--forms", nargs="+", default=["svsk-r16"], choices=FORMS)
+    parser.add_argument("--forms", nargs="+", default=["packed"], choices=FORMS)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--json", type=Path)
     flags = parser.parse_args()

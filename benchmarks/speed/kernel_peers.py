@@ -5,24 +5,28 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
-Chain = Callable[[], Any]
+from pallas_kernels.device_time import Chain
+from pallas_kernels.svsk_matmul.search import LAUNCHES, copies_of
+
 GROUP = 128
 
 
-def torch_chain(function: Callable[..., Any], operands: list[tuple[Any, ...]], launches: int) -> Chain:
+def torch_chain(function: Callable[..., Any], operands: list[tuple[Any, ...]]) -> Chain:
     """As `device_time.chain`, of torch."""
     import torch
 
+    length = max(LAUNCHES, len(operands))
+
     def run() -> None:
         with torch.inference_mode():
-            for index in range(launches):
+            for index in range(length):
                 function(*operands[index % len(operands)])
         torch.cuda.synchronize()
 
-    return run
+    return Chain(run, length)
 
 
-def peer_chains(n: int, k: int, m: int, working_set: int, launches: int) -> dict[str, Chain]:
+def peer_chains(n: int, k: int, m: int) -> dict[str, Chain]:
     """Products of m rows of x with an [n, k] weight in 4 bits, groups of 128, by what is installed."""
     calls: dict[str, Chain] = {}
     if importlib.util.find_spec("torch") is None:
@@ -31,11 +35,11 @@ def peer_chains(n: int, k: int, m: int, working_set: int, launches: int) -> dict
 
     if not torch.cuda.is_available():
         return calls
-    count = min(launches, 1 + working_set // (n * k // 2))
+    count = copies_of(n * k // 2)
     x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
     weights = [_tinygemm_weight(n, k) for _ in range(count)]
     calls["tinygemm"] = torch_chain(
-        lambda weight, scales: torch.ops.aten._weight_int4pack_mm(x, weight, GROUP, scales), weights, launches
+        lambda weight, scales: torch.ops.aten._weight_int4pack_mm(x, weight, GROUP, scales), weights
     )
     if importlib.util.find_spec("bitsandbytes") is not None:
         bnb = importlib.import_module("bitsandbytes")
@@ -46,10 +50,10 @@ def peer_chains(n: int, k: int, m: int, working_set: int, launches: int) -> dict
             for _ in range(count)
         ]
         calls["bitsandbytes nf4"] = torch_chain(
-            lambda weight, state: bnb.matmul_4bit(x, weight.t(), quant_state=state), quantized, launches
+            lambda weight, state: bnb.matmul_4bit(x, weight.t(), quant_state=state), quantized
         )
     if importlib.util.find_spec("gemlite") is not None:
-        calls["gemlite"] = torch_chain(lambda layer: layer(x), _gemlite_layers(n, k, count), launches)
+        calls["gemlite"] = torch_chain(lambda layer: layer(x), _gemlite_layers(n, k, count))
     return calls
 
 

@@ -5,12 +5,12 @@
 
 Correctness is the business of tests/pallas_kernels/test_device.py, which runs the kernels on the same device.
 
-Every time is on the device, by its profiler: the sum of the kernels of a call, medians of 36 calls one after
-another, each on another copy of the weight, so that no weight is in the cache. `kernel` is the product alone,
-without what prepares x and without the epilogue that adds the sidecar. `floor` is a kernel that only reads as
-many bytes as the weight has; `bf16` is x Wᵀ by XLA; `restore` restores Ŵ and multiplies by XLA; `rank 0` has
-no sidecar and `linear` no companding either (both for one row of x); tinygemm is torch's
-_weight_int4pack_mm with groups of 128, which has 4.25 bits per weight and no sidecar.
+Every time is on the device, by its profiler: the sum of the kernels of a call, medians of at least 36 calls
+one after another, each on another copy of the weight, so that no weight is in the cache (but those below 1
+MB). `kernel` is the product alone, without what prepares x and without the epilogue that adds the sidecar.
+`floor` is a kernel that only reads as many bytes as the weight has; `bf16` is x Wᵀ by XLA; `restore` restores
+Ŵ and multiplies by XLA; `rank 0` has no sidecar and `linear` no companding either (both for one row of x);
+tinygemm is torch's _weight_int4pack_mm with groups of 128, which has 4.25 bits per weight and no sidecar.
 """
 
 import argparse
@@ -31,10 +31,10 @@ from pallas_kernels.svsk_matmul import lay_out, svsk_matmul, triton_decode, trit
 from pallas_kernels.svsk_matmul.figures import abstract_weight, compiled_figures, default_blocks, estimate
 from pallas_kernels.svsk_matmul.search import (
     LAUNCHES,
-    WORKING_SET,
     Work,
     compile_chains,
     copies,
+    copies_of,
     operands_of,
 )
 from pallas_kernels.svsk_matmul.shapes import MODELS
@@ -64,26 +64,26 @@ def jax_works(n: int, k: int, m: int) -> tuple[dict[str, Work], int]:
     nbytes = 0
     for name, form in forms.items():
         weights = copies(lay_out(random_weight(jax.random.key(1), n, k, **form)))
-        operands = operands_of(weights, m, k, LAUNCHES)
+        operands = operands_of(weights, m, k)
         works[name] = (svsk_matmul, operands)
         if name == "svsk":
             nbytes = weights[0].nbytes
             works |= {"restore": (restored, operands)} if 16 < m < FUSED_LIMIT else {}
-    count = min(LAUNCHES, 1 + WORKING_SET // (2 * n * k))
+    count = copies_of(2 * n * k)
     matrices = [jax.random.normal(jax.random.key(i), (n, k), jnp.bfloat16) for i in range(count)]
-    works["bf16"] = (dense, operands_of(matrices, m, k, LAUNCHES))
+    works["bf16"] = (dense, operands_of(matrices, m, k))
     return works, nbytes
 
 
 def measure(model: str, launch: str, n: int, k: int, m: int) -> dict[str, Any]:
     works, nbytes = jax_works(n, k, m)
-    works |= floor_works(nbytes, WORKING_SET, LAUNCHES)
+    works |= floor_works(nbytes)
     chains = compile_chains(list(works.values()))
     row: dict[str, Any] = {"model": model, "launch": launch, "n": n, "k": k, "m": m, "bytes": nbytes}
-    timed = dict(zip(works, call_times(chains, LAUNCHES), strict=True))
+    timed = dict(zip(works, call_times(chains), strict=True))
     try:
-        peers = peer_chains(n, k, m, WORKING_SET, LAUNCHES)
-        timed |= dict(zip(peers, call_times(list(peers.values()), LAUNCHES), strict=True)) if peers else {}
+        peers = peer_chains(n, k, m)
+        timed |= dict(zip(peers, call_times(list(peers.values())), strict=True)) if peers else {}
     except (RuntimeError, ImportError, AttributeError, TypeError, ValueError) as error:
         row["peers failed"] = f"{type(error).__name__}: {error}"[:300]
     row |= {name: sum(kernels.values()) for name, kernels in timed.items()}

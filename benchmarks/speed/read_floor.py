@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.svsk_matmul.search import Work
+from pallas_kernels.svsk_matmul.search import LAUNCHES, Work, copies_of
 
 CHUNKS = (2048, 4096, 8192)
 """Words of 32 bits that a program reads; the fastest counts."""
@@ -31,10 +31,9 @@ def read(data: jax.Array, *, chunk: int) -> jax.Array:
     )(data)
 
 
-def floor_works(nbytes: int, working_set: int, launches: int) -> dict[str, Work]:
+def floor_works(nbytes: int) -> dict[str, Work]:
     """For each chunk what reads `nbytes`, rounded up to whole chunks, from another place at each launch."""
     words = -(-nbytes // (4 * max(CHUNKS))) * max(CHUNKS)
-    count = min(launches, 1 + working_set // (4 * words))
-    buffers = [jnp.arange(words, dtype=jnp.int32) + index for index in range(count)]
-    operands = [(buffers[index % count],) for index in range(launches)]
+    count = max(LAUNCHES, copies_of(4 * words))
+    operands = [(jnp.arange(words, dtype=jnp.int32) + index,) for index in range(count)]
     return {f"floor {chunk}": (partial(read, chunk=chunk), operands) for chunk in CHUNKS}

@@ -1,5 +1,6 @@
 """Dispatch of a product with a packed weight to an implementation."""
 
+import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -32,7 +33,8 @@ def _reference(x: jax.Array, weight: Weight, layer: jax.Array | None) -> jax.Arr
         return reference.matmul(x, weight)
     if isinstance(weight, Transposed):
         raise NotImplementedError(
-            "svsk_matmul: implementation 'reference' cannot run: the weight is laid out for 'blockwise'"
+            "svsk_matmul: implementation 'reference' cannot run: the weight is laid out for 'blockwise'; "
+            "name none, or give the weight as stored"
         )
     dense = triton_reference.restore(weight).astype(x.dtype)
     return jnp.matmul(x, dense.T, preferred_element_type=jnp.float32).astype(x.dtype)
@@ -54,7 +56,8 @@ def _blockwise(x: jax.Array, weight: Weight, layer: jax.Array | None) -> jax.Arr
         weight = jax.tree.map(lambda leaf: leaf[layer], weight)
     if isinstance(weight, ForTriton):
         raise NotImplementedError(
-            "svsk_matmul: implementation 'blockwise' cannot run: the weight is laid out for 'triton'"
+            "svsk_matmul: implementation 'blockwise' cannot run: the weight is laid out for 'triton'; "
+            "name none, or give the weight as stored"
         )
     if isinstance(weight, SVSKWeight):
         weight = transposed.transpose(weight)
@@ -66,7 +69,12 @@ def _blockwise(x: jax.Array, weight: Weight, layer: jax.Array | None) -> jax.Arr
 def _laid_out(x: jax.Array, weight: Weight, layer: jax.Array | None, *, interpret: bool) -> jax.Array:
     if isinstance(weight, Transposed):
         raise NotImplementedError(
-            "svsk_matmul: the Triton kernels cannot run: the weight is laid out for 'blockwise'"
+            "svsk_matmul: the Triton kernels cannot run: the weight is laid out for 'blockwise'; name none, "
+            "or give the weight as stored"
+        )
+    if layer is not None and isinstance(weight, Int8Weight | TritonInt8Weight):
+        raise NotImplementedError(
+            "svsk_matmul: the Triton kernel for int8 matrices takes no stack of layers; index the stack first"
         )
     if isinstance(weight, Int8Weight):
         weight = lay_out_int8(weight)
@@ -93,7 +101,11 @@ def why_no_triton(dtype: DTypeLike) -> str | None:
     if device.platform not in ("gpu", "cuda"):
         return f"it needs an NVIDIA GPU, this is {device.platform}"
     capability = getattr(device, "compute_capability", None)
-    if capability is not None and tuple(map(int, str(capability).split("."))) < MINIMUM_CAPABILITY:
+    if capability is None:
+        return None
+    if not re.fullmatch(r"\d+\.\d+", str(capability)):
+        return f"it needs an NVIDIA GPU, this is {device.device_kind}"
+    if tuple(map(int, capability.split("."))) < MINIMUM_CAPABILITY:
         return f"it needs compute capability 8.0 or newer, this GPU has {capability}"
     return None
 

@@ -11,7 +11,7 @@ def target_device() -> Any:
     if of_mesh is not None:
         return of_mesh
     default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
-    return default if isinstance(default, jax.Device) else jax.devices()[0]
+    return default if isinstance(default, jax.Device) else jax.devices(default)[0]
 
 
 def is_hopper(device: Any) -> bool:

@@ -1,7 +1,6 @@
 """What the kernels become when compiled: instructions per weight, registers, bytes."""
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from functools import partial
 
@@ -34,11 +33,8 @@ class Figures:
     registers: int
     stack_bytes: int
     spilled_bytes: int
-    shared_bytes: int
     copies: int
     """Asynchronous copies to shared memory in the kernel, of 16 bytes each."""
-    narrow_copies: int
-    """The same, narrower."""
     local: int
     """Accesses to local memory."""
     products: int
@@ -95,8 +91,6 @@ def compiled_figures(
     [kernel] = [each for each in kernels if each.name == name]
     loop = kernel.loops[0] if kernel.loops else ()
     threads, columns = warps * aot.WARP, SUPERBLOCK * (1 if blocks is None else blocks.superblocks)
-    copies = [i for i in kernel.instructions if i.opcode.startswith("LDGSTS")]
-    wide = sum(bool(re.search(r"\.128", i.opcode)) for i in copies)
     return Figures(
         kernel=name,
         target=target,
@@ -105,9 +99,7 @@ def compiled_figures(
         registers=kernel.registers,
         stack_bytes=kernel.stack_bytes,
         spilled_bytes=kernel.spilled_bytes,
-        shared_bytes=kernel.shared_bytes,
-        copies=wide,
-        narrow_copies=len(copies) - wide,
+        copies=kernel.count(r"LDGSTS\S*\.128"),
         local=kernel.count("LDL|STL"),
         products=kernel.count("HMMA|HGMMA", loop),
         conversions=kernel.count("I2F", loop),

@@ -7,10 +7,10 @@ from pallas_kernels.svsk_matmul import triton_decode, triton_int8, triton_restor
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limit:
-    """Of one kernel on every target, with the heuristic's blocks, any rank and groups of 16 or 32."""
+    """Of one kernel on every target, with the heuristic's blocks, any rank and groups of 16."""
 
     instructions: float
-    """Executed by the inner loop for each weight; 0 where the loop is unrolled or has no product."""
+    """Executed by the inner loop for each weight; 0 for a kernel without such a loop."""
     registers: int
     wide_copies: bool
     """Whether codes come by 16-byte asynchronous copies."""
@@ -52,7 +52,7 @@ LIMITS: dict[tuple[str, int, bool], Limit] = {
         instructions=6.8,
         registers=255,
         wide_copies=False,
-        reason="sums of 64 rows of x fill the registers; Hopper's loop is unrolled and loads x by itself",
+        reason="sums of 64 rows of x fill the registers; Hopper loads x by itself",
     ),
     (triton_rows.NAME, 64, True): Limit(
         instructions=7.4, registers=255, wide_copies=False, reason="as linear, with the codebook's cubic"

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.device_time import call_times, chain
+from pallas_kernels.device_time import Chain, call_times, chain
 from pallas_kernels.svsk_matmul import triton
 from pallas_kernels.svsk_matmul.synthetic import random_weight
 from pallas_kernels.svsk_matmul.triton_layout import TritonWeight, lay_out
@@ -17,39 +17,47 @@ from pallas_kernels.svsk_matmul.tuning import Blocks, candidates, shape_key
 BATCHES = (1, 8, 16, 32, 64)
 WORKING_SET = 256 << 20
 """Bytes of weights that launches go through in turn: more than any GPU's cache."""
+MOST_COPIES = 64
+"""Of one weight; weights below 1 MB therefore stay in the cache of an H100."""
 LAUNCHES = 12
+"""Launches of a chain, at least."""
 COMPILERS = 12
 """Threads that compile."""
 
 
 def copies(weight: TritonWeight) -> list[TritonWeight]:
-    """So many copies of a weight that going through them empties the cache, at most one for each launch."""
-    count = min(LAUNCHES, 1 + WORKING_SET // weight.nbytes)
-    return [weight] + [jax.tree.map(jnp.copy, weight) for _ in range(count - 1)]
+    """So many copies of a weight that going through them empties the cache."""
+    return [weight] + [jax.tree.map(jnp.copy, weight) for _ in range(copies_of(weight.nbytes) - 1)]
+
+
+def copies_of(nbytes: int) -> int:
+    """How many copies of so many bytes a chain goes through."""
+    return min(MOST_COPIES, 1 + WORKING_SET // nbytes)
 
 
 Work = tuple[Callable[..., Any], Sequence[tuple[Any, ...]]]
 """A function and the operands of each of its launches."""
 
 
-def compile_chains(works: Sequence[Work]) -> list[Callable[[], Any]]:
+def compile_chains(works: Sequence[Work]) -> list[Chain]:
     """A chain of each, several compiled at a time."""
     with ThreadPoolExecutor(COMPILERS) as pool:
         return list(pool.map(lambda work: chain(*work), works))
 
 
-def operands_of(weights: Sequence[Any], m: int, k: int, launches: int) -> list[tuple[jax.Array, Any]]:
-    """Other rows of x for each launch, so that no launch shares what prepares them, and a weight in turn."""
-    keys = jax.random.split(jax.random.key(m), launches)
+def operands_of(weights: Sequence[Any], m: int, k: int) -> list[tuple[jax.Array, Any]]:
+    """Operands of a chain that takes every weight: other rows of x for each launch, so that no launch shares
+    what prepares them."""
+    keys = jax.random.split(jax.random.key(m), max(LAUNCHES, len(weights)))
     xs = [jax.random.normal(key, (m, k), jnp.bfloat16) for key in keys]
     return [(x, weights[index % len(weights)]) for index, x in enumerate(xs)]
 
 
 def blocks_times(weights: Sequence[TritonWeight], m: int, choices: Sequence[Blocks]) -> list[float]:
     """Microseconds on the device of all kernels of a product, for each of the choices."""
-    operands = operands_of(weights, m, weights[0].shape[1], LAUNCHES)
+    operands = operands_of(weights, m, weights[0].shape[1])
     works = [(partial(triton.matmul, blocks=blocks), operands) for blocks in choices]
-    timed = call_times(compile_chains(works), LAUNCHES)
+    timed = call_times(compile_chains(works))
     return [sum(each.values()) for each in timed]
 
 

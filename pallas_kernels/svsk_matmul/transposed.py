@@ -126,6 +126,8 @@ def matmul(x: Float[Array, "*b k"], weight: TransposedWeight | TransposedInt8Wei
     writing a restored weight to memory."""
     *lead, k = x.shape
     m = math.prod(lead)
+    if m == 0:
+        return jnp.zeros((*lead, weight.shape[0]), x.dtype)
     flat = x.reshape(m, k).astype(jnp.float32)
     if isinstance(weight, TransposedInt8Weight):
         y = _int8(pad_axis(flat, 1, INT8_GROUP), weight)

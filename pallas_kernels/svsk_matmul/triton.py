@@ -37,25 +37,23 @@ def matmul(
     Compiled apart, so that tracing a model lowers the kernels of equal layers once.
 
     Each row of x is divided by a power of two so that it fits f16, levels times int6 scales are rounded to
-    f16 (M > 16) or levels alone (M ≤ 16), and V x, group sums and scales are f32. From 384 rows on the weight
-    is restored first, to x's dtype.
+    f16 (M > 16) or levels alone (M ≤ 16, flat scales), and V x, group sums and scales are f32. From 384 rows
+    on the weight is restored first, to x's dtype.
 
     Args:
         x: bf16 or f16.
-        weight: laid out, or with `layer` a stack of them, of which no copy is made.
+        weight: laid out, or with `layer` a stack of them (not of int8), of which no copy is made.
         layer: index into the stack.
         blocks: configuration; default the one tuned for this device, else the heuristic's.
         interpret: run the kernels in interpret mode, on any device.
 
     Raises:
-        NotImplementedError: x of another dtype; a stack of int8 matrices.
+        NotImplementedError: x of another dtype.
         ValueError: blocks that do not divide the problem.
     """
     if x.dtype not in DTYPES:
         raise NotImplementedError(f"svsk_matmul: the Triton kernels take x in bf16 or f16, got {x.dtype}")
     int8 = isinstance(weight, TritonInt8Weight)
-    if int8 and layer is not None:
-        raise NotImplementedError("svsk_matmul: the Triton kernel for int8 matrices takes no stack of layers")
     *lead, k = x.shape
     m = math.prod(lead)
     if m == 0:

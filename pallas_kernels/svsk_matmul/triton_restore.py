@@ -69,7 +69,7 @@ def _kernel(*refs, weight: TritonWeight, stacked: bool, asm: bool):
             u = plgpu.load(ref["u"].at[(*at, begin + u_row * count + here + u_rank)], mask=alive, other=0)
             scale = plgpu.load(ref["v_scale"].at[(*at, first + here + u_rank)], mask=alive, other=0.0)
             # A power of two takes the largest factor to 1 to 2, so that all fit f16.
-            bits = lax.bitcast_convert_type(jnp.max(scale), jnp.int32) & 0x7F800000
+            bits = lax.bitcast_convert_type(jnp.max(jnp.abs(scale)), jnp.int32) & 0x7F800000
             unit = lax.bitcast_convert_type(jnp.maximum(bits, 1 << 23), jnp.float32)
             u = (u.astype(jnp.float32) * (scale / unit)).astype(jnp.float16)
             index = (*at, first + here + v_rank, (2 * b + plane // 2) * PLANE + column)

@@ -87,8 +87,7 @@ def _kernel(*refs, weight: TritonWeight, blocks: Blocks, stacked: bool, asm: boo
                         product = fma_f32(plgpu.dot(level, x), plgpu.dot(small, one), product, asm=asm)
                     else:
                         scale = plgpu.load(ref["scales"].at[(*at, b, row, jnp.int32(place))])
-                        scale = small_to_f16(scale) if weight.super_scales is not None else scale
-                        product = product + plgpu.dot(level * scale[:, None], x)
+                        product = product + plgpu.dot(level * small_to_f16(scale)[:, None], x)
             if weight.super_scales is None:
                 return total + product
             supers = plgpu.load(ref["super_scales"].at[(*at, b, row)]).astype(jnp.float32)

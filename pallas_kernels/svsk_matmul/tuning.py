@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from functools import cache
 from pathlib import Path
 
@@ -10,11 +11,13 @@ from pallas_kernels.svsk_matmul.layout import ceil_div
 from pallas_kernels.svsk_matmul.triton_layout import SUPERBLOCK, TritonWeight, padded
 
 FUSED_LIMIT = 384
-"""Rows of x from which restoring the weight first is faster (H100, `docs/decisions/0004-kernels.md`)."""
+"""Rows of x from which the weight is restored first (`docs/decisions/0004-kernels.md`)."""
 WAVE = 700
 """Programs that a launch wants at least, to fill a large GPU."""
 TABLES = Path(__file__).parent / "tuned"
 """A table for each kind of device, as `svsk tune-kernels` writes it."""
+FOLDER_VARIABLE = "SVSK_TUNED_KERNELS"
+"""Of the environment: a folder whose tables go before these."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,8 +48,10 @@ class Blocks:
         ]
 
     def check(self, weight: TritonWeight, m: int) -> None:
-        """ValueError unless the blocks divide the padded weight and m rows of x."""
+        """ValueError unless the blocks divide the padded weight and m rows of x; batch 1 is for one row."""
         misfits = self.misfits(weight, m)
+        if self.batch == 1 and m > 1:
+            misfits.append(f"batch = 1 is for one row of x, not {m}")
         if misfits:
             raise ValueError(f"{self}: {', '.join(misfits)}")
 
@@ -78,8 +83,11 @@ def table_path(device_kind: str, folder: Path = TABLES) -> Path:
 @cache
 def table(device_kind: str) -> dict[str, dict[int, Blocks]]:
     """Tuned blocks by padded shape and batch; empty for a kind of device that has not been tuned."""
-    path = table_path(device_kind)
-    if not path.exists():
+    paths = [table_path(device_kind)]
+    if FOLDER_VARIABLE in os.environ:
+        paths.insert(0, table_path(device_kind, Path(os.environ[FOLDER_VARIABLE])))
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
         return {}
     blocks = json.loads(path.read_text(encoding="utf-8"))["blocks"]
     return {

@@ -15,7 +15,7 @@ from svsk_jax.demo_model import HUB_ID, smollm2_gguf
 from svsk_jax.evaluation import report
 from svsk_jax.evaluation.evaluate import evaluate_texts
 from svsk_jax.model.source import ModelSource
-from svsk_jax.models import automatic_weights, load_model, open_model
+from svsk_jax.models import load_model, open_model
 from svsk_jax.quant.types import recipe
 from svsk_jax.runtime.chat import encode_chat, stop_ids
 from svsk_jax.runtime.generate import TextGenerator
@@ -70,7 +70,7 @@ class Demo(Verb):
             quantized = open_model(str(self.output / name))
             with progress_bar(f"evaluate {name}") as move:
                 (evaluation,) = evaluate_texts(
-                    load_model(quantized, weights=automatic_weights()),
+                    load_model(quantized, weights="auto"),
                     tokenizer,
                     texts,
                     reference=reference,
@@ -85,7 +85,7 @@ class Demo(Verb):
         console.print(f"[bold]{self.prompt}[/]")
         best = open_model(str(self.output / RECIPES[-1]))
         generator = TextGenerator(
-            load_model(best, weights=automatic_weights()),
+            load_model(best, weights="auto"),
             tokenizer,
             stop_ids=stop_ids(best.generation_config, tokenizer),
         )

@@ -2,12 +2,12 @@
 
 import dataclasses
 import sys
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
 from svsk_jax.cli.common import ModelFlags, Verb, console
-from svsk_jax.models import automatic_weights, load_model, open_model
+from svsk_jax.models import Weights, load_model, open_model
 from svsk_jax.runtime.chat import chat, encode_chat, encode_prompt, stop_ids
 from svsk_jax.runtime.generate import GenerationResult, TextGenerator
 from svsk_jax.runtime.sampling import SamplingConfig
@@ -25,7 +25,7 @@ class Generate(ModelFlags, Verb):
     """Continue the prompt as it is, without the chat template."""
     max_tokens: int = 256
     """Most tokens to write."""
-    weights: Literal["auto", "packed", "dense"] = "auto"
+    weights: Weights = "auto"
     """Run from packed weights or from their dense restore; auto: dense on a CPU, where small models are
     faster so and larger ones take six times the memory."""
     sampling: SamplingConfig = SamplingConfig()
@@ -37,7 +37,7 @@ class Generate(ModelFlags, Verb):
             raise ValueError("--raw: give a --prompt to continue")
         source = open_model(self.model, revision=self.revision)
         tokenizer = source.tokenizer()
-        model = load_model(source, weights=automatic_weights() if self.weights == "auto" else self.weights)
+        model = load_model(source, weights=self.weights)
         generator = TextGenerator(model, tokenizer, stop_ids=stop_ids(source.generation_config, tokenizer))
         if self.prompt is None:
             messages = chat(

@@ -10,12 +10,13 @@ from typing import Any, Literal
 import jax
 from rich.table import Table
 
+from pallas_kernels.aot import targeting
 from pallas_kernels.device_time import WITHOUT_GRAPHS
 from pallas_kernels.svsk_matmul import why_no_triton
 from pallas_kernels.svsk_matmul.figures import abstract_weight, rank
 from pallas_kernels.svsk_matmul.search import BATCHES, search
 from pallas_kernels.svsk_matmul.shapes import MODELS, unique_shapes
-from pallas_kernels.svsk_matmul.tuning import TABLES, Blocks, candidates, table_path
+from pallas_kernels.svsk_matmul.tuning import FOLDER_VARIABLE, TABLES, Blocks, candidates, table_path
 from svsk_jax.cli.common import Verb, console
 from svsk_jax.storage.atomic import write_json
 
@@ -31,7 +32,7 @@ class TuneKernels(Verb):
     target: Literal["sm_80", "sm_89", "sm_90", "sm_120"] = "sm_90"
     """Without a GPU: the architecture to estimate for."""
     output: Path = TABLES
-    """Folder of the table; the kernels read it from their own."""
+    """Folder of the table; the kernels read their own and, before it, the one in $SVSK_TUNED_KERNELS."""
 
     def run(self) -> dict[str, Any]:
         """Tune."""
@@ -51,8 +52,14 @@ class TuneKernels(Verb):
         def show(shape: tuple[int, int], batch: int, blocks: Blocks, time: float) -> None:
             console.print(f"{shape[0]} × {shape[1]}, {batch} rows of x: {describe(blocks)}, {time:.1f} µs")
 
-        found = search(shapes, self.batches, show)
         path = table_path(kind, self.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise ValueError(
+                f"--output {path.parent}: can't be written; give another folder and point {FOLDER_VARIABLE} "
+                "at it"
+            )
+        found = search(shapes, self.batches, show)
         if path.exists():
             known = json.loads(path.read_text(encoding="utf-8"))["blocks"]
             found = {shape: known.get(shape, {}) | found.get(shape, {}) for shape in known | found}
@@ -62,7 +69,6 @@ class TuneKernels(Verb):
             "jax": jax.__version__,
             "blocks": found,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, document)
         console.print(f"wrote {path}")
         return document
@@ -78,7 +84,9 @@ class TuneKernels(Verb):
         for shape in shapes:
             weight = abstract_weight(*shape)
             for batch in self.batches:
-                for time, blocks, figures in rank(weight, batch, self.target, candidates(weight, batch)):
+                with targeting(self.target):
+                    choices = candidates(weight, batch)
+                for time, blocks, figures in rank(weight, batch, self.target, choices):
                     executed = figures.instructions or figures.whole
                     numbers = (f"{time:.1f}", f"{executed:.2f}", str(figures.registers))
                     table.add_row(f"{shape[0]} × {shape[1]}", str(batch), describe(blocks), *numbers)

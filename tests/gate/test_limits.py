@@ -22,12 +22,12 @@ ROWS = (1, 8, 16, 64, 256, FUSED_LIMIT)
 def check(figures, m, companded):
     allowed = limit(figures.kernel, m, companded)
     said = f"{figures}: {allowed}"
-    assert figures.instructions <= allowed.instructions, said
-    assert figures.registers <= allowed.registers, said
-    assert (figures.stack_bytes, figures.spilled_bytes, figures.local) == (0, 0, 0), said
-    if allowed.instructions and figures.instructions:
+    if allowed.instructions:
+        assert 0 < figures.instructions <= allowed.instructions, said
         assert figures.products > 0, said
         assert figures.conversions == 0, said
+    assert figures.registers <= allowed.registers, said
+    assert (figures.stack_bytes, figures.spilled_bytes, figures.local) == (0, 0, 0), said
     if allowed.wide_copies:
         assert figures.copies > 0, said
         # Hopper's groups of four warps wait for each other.
@@ -39,7 +39,8 @@ def check(figures, m, companded):
 @pytest.mark.parametrize("m", ROWS)
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_products(target, m, companded, rank):
-    weight = abstract_weight(4096, 4096, companded=companded, rank=rank)
+    # Large enough for 64 rows of x that the loop over K is one.
+    weight = abstract_weight(24576 if m == 64 else 4096, 4096, companded=companded, rank=rank)
     check(compiled_figures(weight, m, target), m, companded)
 
 

@@ -225,6 +225,8 @@ def test_refusals():
         svsk_matmul(x.astype(jnp.float32), weight, "triton_interpret")
     with pytest.raises(ValueError, match=r"superblocks = 3 does not divide 2, rows = 96 does not divide 128"):
         matmul(x, weight, blocks=Blocks(rows=96, superblocks=3, warps=2, batch=2))
+    with pytest.raises(ValueError, match=r"batch = 1 is for one row of x, not 2"):
+        matmul(x, weight, blocks=Blocks(rows=64, superblocks=1, warps=2), interpret=True)
     other = random_weight(rng, 70, 301)
     with pytest.raises(ValueError, match=r"need the same K .* \[\[70, 300\], \[70, 301\]\]"):
         lay_out([random_weight(rng, 70, 300), other])

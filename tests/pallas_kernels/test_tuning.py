@@ -47,12 +47,23 @@ def test_a_table_goes_before_the_rule_where_it_fits(monkeypatch):
     assert configuration(weight, 1) == heuristic(weight, 1)
 
 
+def test_a_folder_of_the_user_goes_first(monkeypatch, tmp_path):
+    weight = abstract_weight(64, 256)
+    blocks = {"rows": 64, "superblocks": 1, "warps": 4, "stages": 2}
+    table_path("a kind of the user", tmp_path).write_text(
+        json.dumps({"blocks": {tuning.shape_key(weight): {"1": blocks}}})
+    )
+    monkeypatch.setenv(tuning.FOLDER_VARIABLE, str(tmp_path))
+    pretend(monkeypatch, "a kind of the user")
+    assert configuration(weight, 1) == Blocks(**blocks)
+
+
 def test_a_table_that_does_not_fit_is_passed_over(monkeypatch, tmp_path):
     weight = abstract_weight(96, 256)
     document = {
         "blocks": {tuning.shape_key(weight): {"1": {"rows": 96, "superblocks": 1, "warps": 2, "stages": 2}}}
     }
-    monkeypatch.setattr(tuning, "table_path", lambda kind: tmp_path / "table.json")
+    monkeypatch.setattr(tuning, "table_path", lambda kind, folder=None: tmp_path / "table.json")
     (tmp_path / "table.json").write_text(json.dumps(document))
     pretend(monkeypatch, "a kind that only this test names")
     assert configuration(weight, 1) == heuristic(weight, 1)
@@ -97,11 +108,11 @@ def test_a_chain_calls_on_every_operand():
     run = device_time.chain(
         lambda x, y: x * y, [(jax.numpy.float32(i), jax.numpy.float32(2)) for i in range(3)]
     )
-    assert [float(value) for value in run()] == [0.0, 2.0, 4.0]
+    assert [float(value) for value in run.run()] == [0.0, 2.0, 4.0]
+    assert run.length == 3
     with pytest.raises(RuntimeError, match="timed on a GPU, this is cpu"):
-        device_time.call_times([run], 3)
+        device_time.call_times([run])
 
 
 def test_shapes_of_models():
     assert all(set(shapes) == {"qkv", "o", "gate_up", "down"} for shapes in MODELS.values())
-    assert len(unique_shapes()) == len(set(unique_shapes()))
