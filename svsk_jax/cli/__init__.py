@@ -50,6 +50,8 @@ def main(arguments: list[str] | None = None) -> None:
         config=CONFIG,
     )
     signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGALRM, _interrupt)
+    sys.unraisablehook = _raise_again
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
     warnings.showwarning = _show_warning
@@ -102,6 +104,15 @@ class _Interrupted(KeyboardInterrupt):
 
 def _interrupt(number: int, frame: Any) -> None:
     raise _Interrupted
+
+
+def _raise_again(unraisable: Any) -> None:
+    """Python drops what is raised in a finalizer or a callback of garbage collection: interrupt once more,
+    a little later."""
+    if unraisable.exc_type is _Interrupted:
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -293,3 +293,23 @@ cli.main(["inspect", "--model", "any"])
 """
     done = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, "interrupted" in done.stderr) == (1, True), done.stderr
+
+
+def test_interrupt_inside_garbage_collection_is_not_lost():
+    script = """
+import gc, signal, time
+from svsk_jax import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)
+def collected(phase, info):
+    gc.callbacks.remove(collected)
+    signal.raise_signal(signal.SIGINT)
+def run(self):
+    gc.callbacks.append(collected)
+    gc.collect()
+    time.sleep(60)
+cli.Inspect.run = run
+cli.main(["inspect", "--model", "any"])
+"""
+    done = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, "interrupted" in done.stderr) == (1, True), done.stderr
+    assert "ignored" not in done.stderr
