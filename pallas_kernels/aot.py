@@ -3,9 +3,9 @@ and the instructions of the inner loop.
 
 Needs, in the environment of the process, the wheels `jax-cuda13-plugin` and `jax-cuda13-pjrt` of jax's own
 version, `nvidia-cuda-nvcc` 13.0 (for ptxas), `nvidia-cuda-cuobjdump` and `nvidia-cuda-nvdisasm`; `make gate`
-installs them apart, and the variables `VARIABLES`. XLA's compiler turns a Triton kernel into PTX, which it
-writes out on request; ptxas of
-the same CUDA release assembles that again and reports what it used.
+installs them apart, and sets the variables that `VARIABLES` names. XLA's compiler turns a Triton kernel into
+PTX, which it writes out on request; ptxas of the same CUDA release assembles that again and reports what it
+used.
 """
 
 import dataclasses

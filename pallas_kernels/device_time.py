@@ -1,6 +1,7 @@
 """Time of kernels on a GPU, by its profiler."""
 
 import dataclasses
+import os
 import statistics
 import tempfile
 from collections import defaultdict
@@ -16,6 +17,13 @@ from jax.experimental.pallas import triton as plgpu
 MARK = "svsk_mark"
 WITHOUT_GRAPHS = "--xla_gpu_enable_command_buffer="
 """An XLA flag that a process which times kernels needs: the profiler does not see into CUDA graphs."""
+
+
+def without_graphs() -> None:
+    """Add `WITHOUT_GRAPHS` to this process's XLA flags; before jax starts its backends."""
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {WITHOUT_GRAPHS}"
+
+
 Times = dict[str, float]
 """Microseconds of one call, by kernel."""
 

@@ -1,7 +1,7 @@
 """From what a user types after `--model` to something that runs."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 from jax.sharding import Mesh
@@ -9,9 +9,8 @@ from jax.typing import DTypeLike
 
 from convert.load import load_parameters
 from convert.source import open_checkpoint
-from pallas_kernels.svsk_matmul import why_no_triton
 from svsk_jax.model.decoder import Decoder
-from svsk_jax.model.laid_out import lay_out_parameters, transpose_parameters
+from svsk_jax.model.laid_out import lay_out_for_device
 from svsk_jax.model.linear import to_dense
 from svsk_jax.model.source import ModelSource
 from svsk_jax.pipeline.checks import default_dtype
@@ -67,16 +66,5 @@ def load_model(
             for path, value in parameters.items()
         }
     else:
-        parameters = _laid_out(parameters, dtype)
+        parameters = lay_out_for_device(parameters, dtype)
     return Decoder(source.config, parameters, dtype)
-
-
-def _laid_out(parameters: dict[str, Any], dtype: DTypeLike) -> dict[str, Any]:
-    devices = {device for leaf in jax.tree.leaves(parameters) for device in leaf.sharding.device_set}
-    if len(devices) != 1:
-        return parameters
-    [device] = devices
-    with jax.default_device(device):
-        if why_no_triton(dtype) is None:
-            return lay_out_parameters(parameters)
-        return transpose_parameters(parameters) if device.platform == "cpu" else parameters

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.svsk_matmul import Sidecar, SVSKWeight, dequantize
+from pallas_kernels.svsk_matmul import Int8Weight, Sidecar, SVSKWeight, dequantize
 from pallas_kernels.svsk_matmul.layout import ceil_div, pack_codes, pack_int6, tile_spans
 
 FORMS = {
@@ -40,6 +40,15 @@ def error(y, expected):
 
 def normal(rng, *shape, dtype=jnp.float16):
     return jnp.asarray(rng.standard_normal(shape), dtype)
+
+
+def random_int8(rng: np.random.Generator, n: int, k: int) -> Int8Weight:
+    """Uniform values and scales."""
+    return Int8Weight(
+        values=jnp.asarray(rng.integers(-128, 128, (n, k)), jnp.int8),
+        scales=jnp.asarray(rng.uniform(0.5, 2, (n, ceil_div(k, 64))) / 1024, jnp.float16),
+        shape=(n, k),
+    )
 
 
 def random_weight(

@@ -22,9 +22,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.speed.models import CONFIGS, dense_parameters, packed_parameters
-from pallas_kernels.svsk_matmul import why_no_triton
 from svsk_jax.model import Decoder
-from svsk_jax.model.laid_out import lay_out_parameters, transpose_parameters
+from svsk_jax.model.laid_out import lay_out_for_device
 from svsk_jax.pipeline.checks import default_dtype
 from svsk_jax.runtime.generate import GenerationResult, TextGenerator
 
@@ -43,8 +42,7 @@ def tokenizer_of(vocabulary: int) -> PreTrainedTokenizerFast:
 
 def packed(name: str, form: str) -> Decoder:
     parameters = packed_parameters(CONFIGS[name], jax.random.key(0), **FORMS[form])
-    lay_out = lay_out_parameters if why_no_triton(default_dtype()) is None else transpose_parameters
-    return Decoder(CONFIGS[name], lay_out(parameters), default_dtype())
+    return Decoder(CONFIGS[name], lay_out_for_device(parameters, default_dtype()), default_dtype())
 
 
 def dense(name: str) -> Decoder:

@@ -16,7 +16,6 @@ tinygemm is torch's _weight_int4pack_mm with groups of 128, which has 4.25 bits 
 import argparse
 import datetime
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ import jax.numpy as jnp
 from benchmarks.speed.kernel_peers import peer_chains
 from benchmarks.speed.read_floor import floor_works
 from pallas_kernels.aot import what_is_missing
-from pallas_kernels.device_time import WITHOUT_GRAPHS, call_times
+from pallas_kernels.device_time import call_times, without_graphs
 from pallas_kernels.svsk_matmul import lay_out, svsk_matmul, triton_decode, triton_restore, triton_rows
 from pallas_kernels.svsk_matmul.figures import abstract_weight, compiled_figures, default_blocks, estimate
 from pallas_kernels.svsk_matmul.search import (
@@ -171,7 +170,7 @@ def main() -> None:
     if flags.plot:
         plot(*flags.plot)
         return
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {WITHOUT_GRAPHS}"
+    without_graphs()
     if jax.default_backend() != "gpu":
         print("no GPU here: nothing is timed; bytes, compiled figures and roofline estimates")
         print(static_table(flags.models))

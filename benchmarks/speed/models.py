@@ -6,9 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels.svsk_matmul import Int8Weight
-from pallas_kernels.svsk_matmul.layout import ceil_div
-from pallas_kernels.svsk_matmul.synthetic import random_weight
+from pallas_kernels.svsk_matmul.synthetic import random_int8, random_weight
 from svsk_jax.model import ModelConfig
 from svsk_jax.model.parameters import QUANTIZED_LINEARS, parameter_shapes
 
@@ -63,7 +61,7 @@ def packed_parameters(config: ModelConfig, seed: jax.Array, **form: Any) -> dict
         if any(path.endswith(f"{name}.weight") for name in QUANTIZED_LINEARS):
             parameters[path] = random_weight(key, *shape, **form)
         elif len(shape) == 2:
-            parameters[path] = _int8(key, *shape)
+            parameters[path] = random_int8(key, *shape)
         else:
             parameters[path] = jnp.ones(shape, jnp.bfloat16)
     return parameters
@@ -78,11 +76,3 @@ def dense_parameters(config: ModelConfig, seed: jax.Array, dtype: DTypeLike) -> 
         / jnp.asarray(shape[1] ** 0.5, dtype)
         for index, (path, shape) in enumerate(parameter_shapes(config).items())
     }
-
-
-def _int8(key: jax.Array, n: int, k: int) -> Int8Weight:
-    return Int8Weight(
-        values=jax.lax.bitcast_convert_type(jax.random.bits(key, (n, k), jnp.uint8), jnp.int8),
-        scales=jnp.full((n, ceil_div(k, 64)), 0.01 / k**0.5, jnp.float16),
-        shape=(n, k),
-    )

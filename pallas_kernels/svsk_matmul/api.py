@@ -32,10 +32,7 @@ def _reference(x: jax.Array, weight: Weight, layer: jax.Array | None) -> jax.Arr
     if isinstance(weight, PackedWeight):
         return reference.matmul(x, weight)
     if isinstance(weight, Transposed):
-        raise NotImplementedError(
-            "svsk_matmul: implementation 'reference' cannot run: the weight is laid out for 'blockwise'; "
-            "name none, or give the weight as stored"
-        )
+        raise _laid_out_for("blockwise", not_for="reference")
     dense = triton_reference.restore(weight).astype(x.dtype)
     return jnp.matmul(x, dense.T, preferred_element_type=jnp.float32).astype(x.dtype)
 
@@ -44,21 +41,18 @@ def _triton(x: jax.Array, weight: Weight, layer: jax.Array | None) -> jax.Array:
     reason = why_no_triton(x.dtype)
     if reason:
         raise NotImplementedError(f"svsk_matmul: implementation 'triton' cannot run: {reason}")
-    return _laid_out(x, weight, layer, interpret=False)
+    return _by_kernels(x, weight, layer, interpret=False)
 
 
 def _triton_interpret(x: jax.Array, weight: Weight, layer: jax.Array | None) -> jax.Array:
-    return _laid_out(x, weight, layer, interpret=True)
+    return _by_kernels(x, weight, layer, interpret=True)
 
 
 def _blockwise(x: jax.Array, weight: Weight, layer: jax.Array | None) -> jax.Array:
     if layer is not None:
         weight = jax.tree.map(lambda leaf: leaf[layer], weight)
     if isinstance(weight, ForTriton):
-        raise NotImplementedError(
-            "svsk_matmul: implementation 'blockwise' cannot run: the weight is laid out for 'triton'; "
-            "name none, or give the weight as stored"
-        )
+        raise _laid_out_for("triton", not_for="blockwise")
     if isinstance(weight, SVSKWeight):
         weight = transposed.transpose(weight)
     elif isinstance(weight, Int8Weight):
@@ -66,12 +60,9 @@ def _blockwise(x: jax.Array, weight: Weight, layer: jax.Array | None) -> jax.Arr
     return transposed.matmul(x, weight)
 
 
-def _laid_out(x: jax.Array, weight: Weight, layer: jax.Array | None, *, interpret: bool) -> jax.Array:
+def _by_kernels(x: jax.Array, weight: Weight, layer: jax.Array | None, *, interpret: bool) -> jax.Array:
     if isinstance(weight, Transposed):
-        raise NotImplementedError(
-            "svsk_matmul: the Triton kernels cannot run: the weight is laid out for 'blockwise'; name none, "
-            "or give the weight as stored"
-        )
+        raise _laid_out_for("blockwise", not_for="triton_interpret" if interpret else "triton")
     if layer is not None and isinstance(weight, Int8Weight | TritonInt8Weight):
         raise NotImplementedError(
             "svsk_matmul: the Triton kernel for int8 matrices takes no stack of layers; index the stack first"
@@ -81,6 +72,13 @@ def _laid_out(x: jax.Array, weight: Weight, layer: jax.Array | None, *, interpre
     elif isinstance(weight, SVSKWeight):
         weight = jax.vmap(lay_out)(weight) if layer is not None else lay_out(weight)
     return triton.matmul(x, weight, layer=layer, interpret=interpret)
+
+
+def _laid_out_for(implementation: str, *, not_for: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"svsk_matmul: implementation {not_for!r} cannot run: the weight is laid out for {implementation!r}; "
+        "name none, or give the weight as stored"
+    )
 
 
 IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(

@@ -10,11 +10,10 @@ import jax.numpy as jnp
 from pallas_kernels import aot
 from pallas_kernels.svsk_matmul import triton, triton_decode, triton_int8, triton_restore, triton_rows
 from pallas_kernels.svsk_matmul.layout import ceil_div
-from pallas_kernels.svsk_matmul.synthetic import random_weight
+from pallas_kernels.svsk_matmul.synthetic import random_int8, random_weight
 from pallas_kernels.svsk_matmul.triton_int8 import TritonInt8Weight, lay_out_int8
 from pallas_kernels.svsk_matmul.triton_layout import SUPERBLOCK, TritonWeight, lay_out
 from pallas_kernels.svsk_matmul.tuning import FUSED_LIMIT, Blocks, heuristic
-from pallas_kernels.svsk_matmul.types import Int8Weight
 
 ISSUE_PER_CYCLE = 4
 """Warp instructions that a multiprocessor issues in a cycle."""
@@ -55,11 +54,7 @@ def abstract_weight(
 
 def abstract_int8(n: int, k: int) -> TritonInt8Weight:
     """Shapes of an int8 matrix laid out."""
-    leaf = jax.ShapeDtypeStruct
-    weight = Int8Weight(
-        values=leaf((n, k), jnp.int8), scales=leaf((n, ceil_div(k, 64)), jnp.float16), shape=(n, k)
-    )
-    return jax.eval_shape(lay_out_int8, weight)
+    return jax.eval_shape(lambda key: lay_out_int8(random_int8(key, n, k)), jax.random.key(0))
 
 
 def default_blocks(weight: TritonWeight, m: int, target: str) -> Blocks:

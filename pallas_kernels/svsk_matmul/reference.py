@@ -1,6 +1,6 @@
 """The XLA implementation: the definition of the answer, and what runs where no kernel does."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from pallas_kernels.svsk_matmul.types import (
     INT8_GROUP,
     SIDECAR_UNIT,
     Int8Weight,
+    Leaf,
     PackedWeight,
     Sidecar,
     SVSKWeight,
@@ -38,21 +39,31 @@ def dequantize_base(weight: SVSKWeight) -> Float[Array, "n k"]:
     )
 
 
-def sidecar_factors(sidecar: Sidecar) -> Factors:
-    """U diag(scale / 2¹⁴) and V of each tile, f32."""
+def stored_tiles(sidecar: Sidecar) -> Iterator[tuple[Leaf, Leaf, list[Leaf]]]:
+    """For each row tile, as stored: U int8 [rows, Σ ranks], the scales f16 [Σ ranks], and V int8
+    [rank, columns] of each column tile."""
     u_at = v_at = s_at = 0
-    rows = []
     for (row_start, row_stop), ranks in zip(sidecar.row_spans, sidecar.ranks, strict=True):
         height, total = row_stop - row_start, sum(ranks)
-        u = sidecar.u[u_at : u_at + height * total].reshape(height, total).astype(jnp.float32)
-        u = u * (sidecar.scale[s_at : s_at + total].astype(jnp.float32) * SIDECAR_UNIT)
-        u_at, s_at, column = u_at + height * total, s_at + total, 0
-        tiles = []
+        vs = []
         for (start, stop), rank in zip(sidecar.column_spans, ranks, strict=True):
             size = rank * (stop - start)
-            v = sidecar.v[v_at : v_at + size].reshape(rank, stop - start).astype(jnp.float32)
-            tiles.append((u[:, column : column + rank], v))
-            v_at, column = v_at + size, column + rank
+            vs.append(sidecar.v[v_at : v_at + size].reshape(rank, stop - start))
+            v_at += size
+        u = sidecar.u[u_at : u_at + height * total].reshape(height, total)
+        yield u, sidecar.scale[s_at : s_at + total], vs
+        u_at, s_at = u_at + height * total, s_at + total
+
+
+def sidecar_factors(sidecar: Sidecar) -> Factors:
+    """U diag(scale / 2¹⁴) and V of each tile, f32."""
+    rows = []
+    for stored, scale, vs in stored_tiles(sidecar):
+        u, column = stored.astype(jnp.float32) * (scale.astype(jnp.float32) * SIDECAR_UNIT), 0
+        tiles = []
+        for v in vs:
+            tiles.append((u[:, column : column + len(v)], v.astype(jnp.float32)))
+            column += len(v)
         rows.append(tiles)
     return rows
 

@@ -1,5 +1,6 @@
 """Search for block configurations on a GPU, by the time of real launches."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -87,10 +88,7 @@ def search(
             fastest = min(range(len(choices)), key=times.__getitem__)
             blocks = choices[fastest]
             best[str(batch)] = {
-                "rows": blocks.rows,
-                "superblocks": blocks.superblocks,
-                "warps": blocks.warps,
-                "stages": blocks.stages,
+                name: value for name, value in dataclasses.asdict(blocks).items() if name != "batch"
             }
             if on_shape is not None:
                 on_shape(shape, batch, blocks, times[fastest])

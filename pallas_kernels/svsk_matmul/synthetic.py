@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.svsk_matmul.layout import ceil_div, packed_int6_bytes, tile_spans
-from pallas_kernels.svsk_matmul.types import Sidecar, SVSKWeight
+from pallas_kernels.svsk_matmul.types import INT8_GROUP, Int8Weight, Sidecar, SVSKWeight
 
 TILE_ROWS = 256
 
@@ -23,8 +23,8 @@ def random_weight(
         spans = tile_spans(n, TILE_ROWS)
         total = len(spans) * rank
         sidecar = Sidecar(
-            u=jax.lax.bitcast_convert_type(jax.random.bits(next(keys), (n * rank,), jnp.uint8), jnp.int8),
-            v=jax.lax.bitcast_convert_type(jax.random.bits(next(keys), (total * k,), jnp.uint8), jnp.int8),
+            u=_int8(next(keys), n * rank),
+            v=_int8(next(keys), total * k),
             scale=jax.random.uniform(next(keys), (total,), jnp.float16, 0.2, 0.4) / jnp.float16(k**0.5),
             shape=(n, k),
             tile=(TILE_ROWS, 0),
@@ -40,3 +40,17 @@ def random_weight(
         shape=(n, k),
         group=group,
     )
+
+
+@partial(jax.jit, static_argnames=("n", "k"))
+def random_int8(key: jax.Array, n: int, k: int) -> Int8Weight:
+    """An [n, k] int8 matrix with uniform values; its elements are of the order of 1 / √k."""
+    return Int8Weight(
+        values=_int8(key, n, k),
+        scales=jnp.full((n, ceil_div(k, INT8_GROUP)), 0.01 / k**0.5, jnp.float16),
+        shape=(n, k),
+    )
+
+
+def _int8(key: jax.Array, *shape: int) -> jax.Array:
+    return jax.lax.bitcast_convert_type(jax.random.bits(key, shape, jnp.uint8), jnp.int8)

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.svsk_matmul.layout import SUPER_GROUP, ceil_div, pad_axis, unpack_codes, unpack_int6
+from pallas_kernels.svsk_matmul.reference import stored_tiles
 from pallas_kernels.svsk_matmul.types import INT8_GROUP, SIDECAR_UNIT, Int8Weight, Leaf, Sidecar, SVSKWeight
 
 
@@ -90,26 +91,19 @@ def transpose_int8(weight: Int8Weight) -> TransposedInt8Weight:
 def _tiles(sidecar: Sidecar) -> tuple[Leaf, Leaf, Leaf]:
     """Factors of row tiles, of equal shapes. Concrete ones are cut on the host: every layer has ranks of its
     own."""
-    ranks = [sum(row) for row in sidecar.ranks]
-    if not sum(ranks):
+    most, height, k = max(map(sum, sidecar.ranks)), sidecar.row_spans[0][1], sidecar.shape[1]
+    if not most:
         return None, None, None
     traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(sidecar))
     xp = jnp if traced else np
-    most, height, k = max(ranks), sidecar.row_spans[0][1], sidecar.shape[1]
-    all_u, all_v, all_scales = (xp.asarray(leaf) for leaf in (sidecar.u, sidecar.v, sidecar.scale))
     us, vs, scales = [], [], []
-    u_at = v_at = s_at = 0
-    for (start, stop), row in zip(sidecar.row_spans, sidecar.ranks, strict=True):
-        rank, rows = sum(row), stop - start
-        u = all_u[u_at : u_at + rows * rank].reshape(rows, rank)
+    for u, scale, tiles in stored_tiles(sidecar if traced else jax.tree.map(np.asarray, sidecar)):
+        rows, rank = u.shape
         us.append(xp.pad(u, ((0, height - rows), (0, most - rank))))
-        scales.append(xp.pad(all_scales[s_at : s_at + rank], (0, most - rank)))
-        for (left, right), each in zip(sidecar.column_spans, row, strict=True):
-            v = all_v[v_at : v_at + each * (right - left)].reshape(each, right - left)
+        scales.append(xp.pad(scale, (0, most - rank)))
+        for (left, right), v in zip(sidecar.column_spans, tiles, strict=True):
             vs.append(xp.pad(v, ((0, 0), (left, k - right))))
-            v_at += each * (right - left)
         vs.append(xp.zeros((most - rank, k), np.int8))
-        u_at, s_at = u_at + rows * rank, s_at + rank
     u, v, scale = jnp.asarray(xp.stack(us)), jnp.asarray(xp.concatenate(vs)), jnp.asarray(xp.stack(scales))
     return u, v, scale.astype(jnp.float32) * SIDECAR_UNIT
 

@@ -17,10 +17,16 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.svsk_matmul.layout import ceil_div
 from pallas_kernels.svsk_matmul.triton_layout import PLANE, ROW_UNIT, SUPERBLOCK, TritonWeight
+from pallas_kernels.svsk_matmul.triton_operands import (
+    abstract,
+    load_codebook,
+    named,
+    sidecar_products,
+    stack_index,
+    weight_operands,
+)
 from pallas_kernels.svsk_matmul.triton_planes import (
     UNITS,
-    Codebook,
-    byte_plane,
     code_plane,
     companded_plane,
     fma_f32,
@@ -32,13 +38,9 @@ from pallas_kernels.svsk_matmul.tuning import Blocks
 NAME = "svsk_decode"
 
 
-def _kernel(*refs, weight: TritonWeight, rows: int, superblocks: int, stacked: bool, asm: bool):
-    names = ["x", "words", "scales", "constants"]
-    names += ["super_scales"] if weight.super_scales is not None else []
-    names += ["v", "ranges"] if weight.v is not None else []
-    names += ["layer"] if stacked else []
-    ref = dict(zip([*names, "out"], refs, strict=True))
-    at = (plgpu.load(ref["layer"].at[jnp.int32(0)]),) if stacked else ()
+def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, rows: int, superblocks: int, asm: bool):
+    ref = named(names, refs)
+    at = stack_index(ref)
     block, part = pl.program_id(0), pl.program_id(1)
     blocks = weight.padded_rows // rows
     first = part * superblocks
@@ -49,10 +51,7 @@ def _kernel(*refs, weight: TritonWeight, rows: int, superblocks: int, stacked: b
     def base():
         row = pl.ds(block * rows, rows)
         constant = block * rows // ROW_UNIT
-        rho, shift, factor, step = (
-            plgpu.load(ref["constants"].at[(*at, pl.ds(constant, 1), pl.ds(index, 1))]) for index in range(4)
-        )
-        codebook = Codebook.of(rho, shift, step, (rows, PLANE))
+        codebook, factor = load_codebook(ref, at, constant, (rows, PLANE))
 
         def superblock(i, total):
             b = first + i
@@ -87,21 +86,16 @@ def _kernel(*refs, weight: TritonWeight, rows: int, superblocks: int, stacked: b
         return jnp.sum(total, axis=1)
 
     def sidecar():
-        row = (block - blocks) * rows + lax.broadcasted_iota(jnp.int32, (rows, PLANE), 0)
-        alive = row < plgpu.load(ref["ranges"].at[(*at, jnp.int32(0), jnp.int32(3))])
-        column = lax.broadcasted_iota(jnp.int32, (rows, PLANE), 1)
-
-        def superblock(i, total):
-            for half in range(2):
-                index = (*at, row, (2 * (first + i) + half) * PLANE + column)
-                words = plgpu.load(ref["v"].at[index], mask=alive, other=0)
-                for byte in range(2):
-                    x = x_plane(i, 2 * half + byte)
-                    total += plgpu.dot(byte_plane(words, byte, asm=asm), x)
-                    total += plgpu.dot(jnp.full((rows, PLANE), -128 * UNITS[0], jnp.float16), x)
-            return total
-
-        total = lax.fori_loop(0, superblocks, superblock, jnp.zeros((rows, SPREAD), jnp.float32))
+        total = sidecar_products(
+            ref,
+            at,
+            x_plane,
+            block=block - blocks,
+            first=first,
+            superblocks=superblocks,
+            shape=(rows, SPREAD),
+            asm=asm,
+        )
         return jnp.sum(total, axis=1) * (1 / UNITS[0])
 
     result = base() if weight.v is None else lax.cond(block < blocks, base, sidecar)
@@ -128,17 +122,14 @@ def partial_products(
     parts = weight.superblocks // blocks.superblocks
     v_blocks = 0 if weight.v is None else ceil_div(weight.v.shape[-2], blocks.rows)
     grid = (weight.padded_rows // blocks.rows + v_blocks, parts)
-    operands = [x, weight.words, weight.scales, weight.constants]
-    operands += [each for each in (weight.super_scales, weight.v) if each is not None]
-    operands += [weight.ranges] if weight.v is not None else []
-    if layer is not None:
-        operands.append(jnp.reshape(layer, (1,)).astype(jnp.int32))
+    fields = ("words", "scales", "constants", "super_scales", "v", "ranges")
+    operands = {"x": x, **weight_operands(weight, fields, layer)}
     body = partial(
         _kernel,
-        weight=jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), weight),
+        names=tuple(operands),
+        weight=abstract(weight),
         rows=blocks.rows,
         superblocks=blocks.superblocks,
-        stacked=layer is not None,
         asm=not interpret,
     )
     return pl.pallas_call(
@@ -149,4 +140,4 @@ def partial_products(
         compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
         name=NAME,
-    )(*operands)
+    )(*operands.values())

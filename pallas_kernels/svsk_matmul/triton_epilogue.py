@@ -12,30 +12,24 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.svsk_matmul.layout import ceil_div
 from pallas_kernels.svsk_matmul.triton_layout import ROW_UNIT, TritonWeight
+from pallas_kernels.svsk_matmul.triton_operands import named, stack_index, weight_operands
 
 NAME = "svsk_epilogue"
 RANKS = 16
 """Sidecar rows taken at a time."""
-
-
 BATCH = 16
 """Rows of x that a program finishes, where there are several."""
 
 
-def _names(sidecar: bool, stacked: bool) -> list[str]:
-    names = ["products", "unit"] + (["v_scale", "u", "ranges"] if sidecar else [])
-    return names + (["layer"] if sidecar and stacked else []) + ["out"]
-
-
-def _one_row(*refs, parts: int, rows: int, sidecar: bool, stacked: bool):
-    ref = dict(zip(_names(sidecar, stacked), refs, strict=True))
-    at = (plgpu.load(ref["layer"].at[jnp.int32(0)]),) if "layer" in ref else ()
+def _one_row(*refs, names: tuple[str, ...], parts: int, rows: int):
+    ref = named(names, refs)
+    at = stack_index(ref)
     block = pl.program_id(0)
     row = pl.ds(block * ROW_UNIT, ROW_UNIT)
     y = jnp.float32(0)
     for part in range(parts):
         y += plgpu.load(ref["products"].at[jnp.int32(part), slice(None), row])
-    if sidecar:
+    if "u" in ref:
         first, count, begin = (plgpu.load(ref["ranges"].at[(*at, block, jnp.int32(i))]) for i in range(3))
         u_row = lax.broadcasted_iota(jnp.int32, (ROW_UNIT, RANKS), 0)
         u_rank = lax.broadcasted_iota(jnp.int32, (ROW_UNIT, RANKS), 1)
@@ -59,9 +53,9 @@ def _one_row(*refs, parts: int, rows: int, sidecar: bool, stacked: bool):
     plgpu.store(ref["out"].at[:, row], value.astype(ref["out"].dtype))
 
 
-def _several_rows(*refs, parts: int, rows: int, sidecar: bool, stacked: bool):
-    ref = dict(zip(_names(sidecar, stacked), refs, strict=True))
-    at = (plgpu.load(ref["layer"].at[jnp.int32(0)]),) if "layer" in ref else ()
+def _several_rows(*refs, names: tuple[str, ...], parts: int, rows: int):
+    ref = named(names, refs)
+    at = stack_index(ref)
     block, m = pl.program_id(0), ref["out"].shape[0]
     item = pl.program_id(1) * BATCH + lax.broadcasted_iota(jnp.int32, (BATCH, 1), 0)
 
@@ -77,7 +71,7 @@ def _several_rows(*refs, parts: int, rows: int, sidecar: bool, stacked: bool):
 
     row = block * ROW_UNIT + lax.broadcasted_iota(jnp.int32, (1, ROW_UNIT), 1)
     y = summed(row, True)
-    if sidecar:
+    if "u" in ref:
         first, count, begin = (plgpu.load(ref["ranges"].at[(*at, block, jnp.int32(i))]) for i in range(3))
         u_rank = lax.broadcasted_iota(jnp.int32, (RANKS, ROW_UNIT), 0)
         u_row = lax.broadcasted_iota(jnp.int32, (RANKS, ROW_UNIT), 1)
@@ -120,27 +114,17 @@ def finish(
     """
     parts, m, _ = products.shape
     batch = 1 if m == 1 else BATCH
-    sidecar = weight.v is not None
-    operands = [products, unit]
-    if sidecar:
-        operands += [weight.v_scale, weight.u, weight.ranges]
-        if layer is not None:
-            operands.append(jnp.reshape(layer, (1,)).astype(jnp.int32))
+    fields = ("v_scale", "u", "ranges")
+    operands = {"products": products, "unit": unit}
+    operands |= weight_operands(weight, fields, None if weight.v is None else layer)
     body = partial(
-        _one_row if m == 1 else _several_rows,
-        parts=parts,
-        rows=weight.padded_rows,
-        sidecar=sidecar,
-        stacked=layer is not None,
+        _one_row if m == 1 else _several_rows, names=tuple(operands), parts=parts, rows=weight.padded_rows
     )
-    whole = [pl.BlockSpec(each.shape, partial(lambda n, *_: (0,) * n, each.ndim)) for each in operands]
     return pl.pallas_call(
         body,
         grid=(weight.padded_rows // ROW_UNIT, ceil_div(m, batch)),
-        in_specs=whole,
-        out_specs=pl.BlockSpec((m, weight.padded_rows), lambda i, j: (0, 0)),
         out_shape=jax.ShapeDtypeStruct((m, weight.padded_rows), dtype),
         compiler_params=plgpu.CompilerParams(num_warps=4 if batch > 1 else 2, num_stages=1),
         interpret=interpret,
         name=NAME,
-    )(*operands)
+    )(*operands.values())

@@ -119,8 +119,8 @@ def matmul(
         grid=(weight.padded_rows // ROWS, x.shape[0] // batch),
         in_specs=[
             pl.BlockSpec((batch, x.shape[1]), lambda i, m: (m, 0)),
-            pl.BlockSpec(weight.words.shape, lambda i, m: (0, 0)),
-            pl.BlockSpec(weight.scales.shape, lambda i, m: (0, 0)),
+            pl.BlockSpec(),
+            pl.BlockSpec(),
             pl.BlockSpec((batch,), lambda i, m: (m,)),
         ],
         out_specs=pl.BlockSpec((batch, ROWS), lambda i, m: (m, i)),

@@ -80,11 +80,6 @@ def prepare(
     small, unit = pl.pallas_call(
         partial(_kernel, rows=m, columns=k, span=span, group=spread_group),
         grid=(rows, ceil_div(padded, span)),
-        in_specs=[pl.BlockSpec(x.shape, lambda i, j: (0, 0))],
-        out_specs=[
-            pl.BlockSpec((height, padded), lambda i, j: (0, 0)),
-            pl.BlockSpec((rows,), lambda i, j: (0,)),
-        ],
         out_shape=[
             jax.ShapeDtypeStruct((height, padded), jnp.float16),
             jax.ShapeDtypeStruct((rows,), jnp.float32),

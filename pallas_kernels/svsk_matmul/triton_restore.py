@@ -11,9 +11,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.svsk_matmul.triton_layout import PLANE, ROW_UNIT, SUPERBLOCK, TritonWeight
+from pallas_kernels.svsk_matmul.triton_operands import (
+    abstract,
+    load_codebook,
+    named,
+    stack_index,
+    weight_operands,
+)
 from pallas_kernels.svsk_matmul.triton_planes import (
     LINEAR_STEP,
-    Codebook,
     companded_plane,
     linear_plane,
     small_to_f32,
@@ -25,21 +31,14 @@ RANKS = 16
 WARPS = 4
 
 
-def _kernel(*refs, weight: TritonWeight, stacked: bool, asm: bool):
-    names = ["words", "scales", "constants"]
-    names += ["super_scales"] if weight.super_scales is not None else []
-    names += ["v", "v_scale", "u", "ranges"] if weight.v is not None else []
-    names += ["layer"] if stacked else []
-    ref = dict(zip([*names, "out"], refs, strict=True))
-    at = (plgpu.load(ref["layer"].at[jnp.int32(0)]),) if stacked else ()
+def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, asm: bool):
+    ref = named(names, refs)
+    at = stack_index(ref)
     block, b = pl.program_id(0), pl.program_id(1)
     row = pl.ds(block * ROW_UNIT, ROW_UNIT)
     shape = (ROW_UNIT, PLANE)
     words = plgpu.load(ref["words"].at[(*at, row, pl.ds(b * PLANE, PLANE))])
-    rho, shift, factor, step = (
-        plgpu.load(ref["constants"].at[(*at, pl.ds(block, 1), pl.ds(index, 1))]) for index in range(4)
-    )
-    codebook = Codebook.of(rho, shift, step, shape)
+    codebook, factor = load_codebook(ref, at, block, shape)
     row_index = block * ROW_UNIT + lax.broadcasted_iota(jnp.int32, shape, 0)
     q = lax.broadcasted_iota(jnp.int32, shape, 1) // weight.group
     if weight.super_scales is not None:
@@ -99,24 +98,14 @@ def restore(
         layer: index into the stack, int32.
         interpret: run in interpret mode.
     """
-    operands = [weight.words, weight.scales, weight.constants]
-    operands += [weight.super_scales] if weight.super_scales is not None else []
-    operands += [weight.v, weight.v_scale, weight.u, weight.ranges] if weight.v is not None else []
-    if layer is not None:
-        operands.append(jnp.reshape(layer, (1,)).astype(jnp.int32))
-    body = partial(
-        _kernel,
-        weight=jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), weight),
-        stacked=layer is not None,
-        asm=not interpret,
-    )
+    fields = ("words", "scales", "constants", "super_scales", "v", "v_scale", "u", "ranges")
+    operands = weight_operands(weight, fields, layer)
     return pl.pallas_call(
-        body,
+        partial(_kernel, names=tuple(operands), weight=abstract(weight), asm=not interpret),
         grid=(weight.padded_rows // ROW_UNIT, weight.superblocks),
-        in_specs=[pl.BlockSpec(each.shape, partial(lambda n, *_: (0,) * n, each.ndim)) for each in operands],
         out_specs=pl.BlockSpec((ROW_UNIT, SUPERBLOCK), lambda i, k: (i, k)),
         out_shape=jax.ShapeDtypeStruct((weight.padded_rows, weight.superblocks * SUPERBLOCK), dtype),
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
         interpret=interpret,
         name=NAME,
-    )(*operands)
+    )(*operands.values())

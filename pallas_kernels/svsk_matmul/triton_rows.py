@@ -16,11 +16,17 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.svsk_matmul.layout import ceil_div
 from pallas_kernels.svsk_matmul.triton_layout import PLANE, ROW_UNIT, SUPERBLOCK, TritonWeight
+from pallas_kernels.svsk_matmul.triton_operands import (
+    abstract,
+    load_codebook,
+    named,
+    sidecar_products,
+    stack_index,
+    weight_operands,
+)
 from pallas_kernels.svsk_matmul.triton_planes import (
     LINEAR_STEP,
     UNITS,
-    Codebook,
-    byte_plane,
     companded_plane,
     fma_f32,
     linear_plane,
@@ -31,13 +37,9 @@ from pallas_kernels.svsk_matmul.tuning import Blocks
 NAME = "svsk_rows"
 
 
-def _kernel(*refs, weight: TritonWeight, blocks: Blocks, stacked: bool, asm: bool):
-    names = ["x", "words", "scales", "constants"]
-    names += ["super_scales"] if weight.super_scales is not None else []
-    names += ["v", "ranges"] if weight.v is not None else []
-    names += ["layer"] if stacked else []
-    ref = dict(zip([*names, "out"], refs, strict=True))
-    at = (plgpu.load(ref["layer"].at[jnp.int32(0)]),) if stacked else ()
+def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, blocks: Blocks, asm: bool):
+    ref = named(names, refs)
+    at = stack_index(ref)
     rows, batch = blocks.rows, blocks.batch
     block, part = pl.program_id(0), pl.program_id(2)
     base_blocks = weight.padded_rows // rows
@@ -54,10 +56,7 @@ def _kernel(*refs, weight: TritonWeight, blocks: Blocks, stacked: bool, asm: boo
     def base():
         row = pl.ds(block * rows, rows)
         constant = block * rows // ROW_UNIT
-        rho, shift, factor, step = (
-            plgpu.load(ref["constants"].at[(*at, pl.ds(constant, 1), pl.ds(index, 1))]) for index in range(4)
-        )
-        codebook = Codebook.of(rho, shift, step, (rows, group))
+        codebook, factor = load_codebook(ref, at, constant, (rows, group))
 
         # Sixteen scales, the least that a product takes; of eight, each twice.
         scale_index = (row, pl.ds(0, 16))
@@ -99,21 +98,16 @@ def _kernel(*refs, weight: TritonWeight, blocks: Blocks, stacked: bool, asm: boo
         )
 
     def sidecar():
-        row = (block - base_blocks) * rows + lax.broadcasted_iota(jnp.int32, (rows, PLANE), 0)
-        alive = row < plgpu.load(ref["ranges"].at[(*at, jnp.int32(0), jnp.int32(3))])
-        column = lax.broadcasted_iota(jnp.int32, (rows, PLANE), 1)
-
-        def superblock(i, total):
-            for half in range(2):
-                index = (*at, row, (2 * (first + i) + half) * PLANE + column)
-                words = plgpu.load(ref["v"].at[index], mask=alive, other=0)
-                for byte in range(2):
-                    x = x_at((first + i) * SUPERBLOCK + (2 * half + byte) * PLANE, PLANE)
-                    total += plgpu.dot(byte_plane(words, byte, asm=asm), x)
-                    total += plgpu.dot(jnp.full((rows, PLANE), -128 * UNITS[0], jnp.float16), x)
-            return total
-
-        total = lax.fori_loop(0, blocks.superblocks, superblock, jnp.zeros((rows, batch), jnp.float32))
+        total = sidecar_products(
+            ref,
+            at,
+            lambda i, plane: x_at((first + i) * SUPERBLOCK + plane * PLANE, PLANE),
+            block=block - base_blocks,
+            first=first,
+            superblocks=blocks.superblocks,
+            shape=(rows, batch),
+            asm=asm,
+        )
         return total * (1 / UNITS[0])
 
     result = base() if weight.v is None else lax.cond(block < base_blocks, base, sidecar)
@@ -140,18 +134,15 @@ def partial_products(
     parts = weight.superblocks // blocks.superblocks
     v_blocks = 0 if weight.v is None else ceil_div(weight.v.shape[-2], blocks.rows)
     grid = (weight.padded_rows // blocks.rows + v_blocks, x.shape[0] // blocks.batch, parts)
-    operands = [x, weight.words, weight.scales, weight.constants]
-    operands += [each for each in (weight.super_scales, weight.v) if each is not None]
-    operands += [weight.ranges] if weight.v is not None else []
-    if layer is not None:
-        operands.append(jnp.reshape(layer, (1,)).astype(jnp.int32))
+    fields = ("words", "scales", "constants", "super_scales", "v", "ranges")
+    operands = {"x": x, **weight_operands(weight, fields, layer)}
     specs = [pl.BlockSpec((blocks.batch, x.shape[1]), lambda i, m, k: (m, 0))]
-    specs += [pl.BlockSpec(each.shape, partial(lambda n, *_: (0,) * n, each.ndim)) for each in operands[1:]]
+    specs += [pl.BlockSpec()] * (len(operands) - 1)
     body = partial(
         _kernel,
-        weight=jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), weight),
+        names=tuple(operands),
+        weight=abstract(weight),
         blocks=blocks,
-        stacked=layer is not None,
         asm=not interpret,
     )
     return pl.pallas_call(
@@ -163,4 +154,4 @@ def partial_products(
         compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
         name=NAME,
-    )(*operands)
+    )(*operands.values())

@@ -11,7 +11,7 @@ import jax
 from rich.table import Table
 
 from pallas_kernels.aot import targeting
-from pallas_kernels.device_time import WITHOUT_GRAPHS
+from pallas_kernels.device_time import without_graphs
 from pallas_kernels.svsk_matmul import why_no_triton
 from pallas_kernels.svsk_matmul.figures import abstract_weight, rank
 from pallas_kernels.svsk_matmul.search import BATCHES, search
@@ -43,7 +43,7 @@ class TuneKernels(Verb):
         if wrong:
             raise ValueError(f"--batches {wrong}: choose from {', '.join(map(str, BATCHES))}")
         shapes = unique_shapes(self.models)
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {WITHOUT_GRAPHS}"
+        without_graphs()
         reason = why_no_triton("bfloat16")
         if reason is not None:
             return self._rank(shapes, reason)

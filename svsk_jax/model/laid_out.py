@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels.svsk_matmul import (
     Int8Weight,
@@ -13,8 +14,22 @@ from pallas_kernels.svsk_matmul import (
     lay_out_int8,
     transpose,
     transpose_int8,
+    why_no_triton,
 )
 from svsk_jax.model.parameters import JOINED_LINEARS
+
+
+def lay_out_for_device(parameters: dict[str, Any], dtype: DTypeLike) -> dict[str, Any]:
+    """The parameters as the one device that holds them wants them for activations of `dtype`: for the kernels
+    where they run, for a CPU on one; as they are elsewhere and over several devices."""
+    devices = {device for leaf in jax.tree.leaves(parameters) for device in leaf.sharding.device_set}
+    if len(devices) != 1:
+        return parameters
+    [device] = devices
+    with jax.default_device(device):
+        if why_no_triton(dtype) is None:
+            return lay_out_parameters(parameters)
+        return transpose_parameters(parameters) if device.platform == "cpu" else parameters
 
 
 def lay_out_parameters(parameters: MutableMapping[str, Any]) -> dict[str, Any]:

@@ -10,11 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from weights import FORMS, TOLERANCE, error, exact, normal, random_weight
+from weights import FORMS, TOLERANCE, error, exact, normal, random_int8, random_weight
 
 from pallas_kernels.svsk_matmul import (
-    Int8Weight,
-    dequantize,
     lay_out,
     lay_out_int8,
     svsk_matmul,
@@ -63,14 +61,9 @@ def test_against_float64(form, m, rng):
 @pytest.mark.parametrize("m", ROWS)
 def test_int8(m, rng):
     for (n, k), dtype in itertools.product([(130, 576), (70, 1100)], (jnp.float16, jnp.bfloat16)):
-        weight = Int8Weight(
-            values=jnp.asarray(rng.integers(-128, 128, (n, k)), jnp.int8),
-            scales=jnp.asarray(rng.uniform(0.5, 2, (n, -(-k // 64))) / 1024, jnp.float16),
-            shape=(n, k),
-        )
+        weight = random_int8(rng, n, k)
         x = normal(rng, m, k, dtype=dtype)
-        expected = np.asarray(x, np.float64) @ np.asarray(dequantize(weight), np.float64).T
-        assert error(product(x, lay_out_int8(weight)), expected) < TOLERANCE[x.dtype]
+        assert error(product(x, lay_out_int8(weight)), exact(x, weight)) < TOLERANCE[x.dtype]
 
 
 @pytest.mark.parametrize("m", ROWS)

@@ -4,11 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from weights import FORMS, error, exact, normal, random_weight
+from weights import FORMS, error, exact, normal, random_int8, random_weight
 
 from pallas_kernels.svsk_matmul import (
-    Int8Weight,
-    dequantize,
     lay_out,
     svsk_matmul,
     take_rows,
@@ -35,13 +33,9 @@ def test_against_float64(form, m):
 @pytest.mark.parametrize("shape", [(130, 330), (64, 64)])
 def test_int8(shape, m):
     rng = np.random.default_rng(m)
-    weight = Int8Weight(
-        values=jnp.asarray(rng.integers(-128, 128, shape), jnp.int8),
-        scales=jnp.asarray(rng.uniform(0.5, 2, (shape[0], -(-shape[1] // 64))) / 1024, jnp.float16),
-        shape=shape,
-    )
+    weight = random_int8(rng, *shape)
     x = normal(rng, m, shape[1], dtype=jnp.float32)
-    expected = np.asarray(x, np.float64) @ np.asarray(dequantize(weight), np.float64).T
+    expected = exact(x, weight)
     laid = transpose_int8(weight)
     assert error(svsk_matmul(x, laid), expected) < 2e-6
     assert error(svsk_matmul(x, weight, "blockwise"), expected) < 2e-6

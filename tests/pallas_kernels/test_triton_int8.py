@@ -4,18 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from weights import TOLERANCE, error, exact, random_int8
 
-from pallas_kernels.svsk_matmul import Int8Weight, dequantize, lay_out_int8, svsk_matmul, take_rows
+from pallas_kernels.svsk_matmul import dequantize, lay_out_int8, svsk_matmul, take_rows
 from pallas_kernels.svsk_matmul.triton_reference import restore
 from pallas_kernels.svsk_matmul.tuning import FUSED_LIMIT
-
-
-def random_int8(rng, n, k):
-    return Int8Weight(
-        values=jnp.asarray(rng.integers(-128, 128, (n, k)), jnp.int8),
-        scales=jnp.asarray(rng.uniform(0.5, 2, (n, -(-k // 64))) / 1024, jnp.float16),
-        shape=(n, k),
-    )
 
 
 @pytest.mark.parametrize("shape", [(64, 256), (130, 576), (9, 1), (70, 1100)])
@@ -25,13 +18,12 @@ def test_against_float64(shape, m, dtype):
     rng = np.random.default_rng(m)
     weight = random_int8(rng, *shape)
     x = jnp.asarray(rng.standard_normal((m, shape[1])), dtype)
-    expected = np.asarray(x, np.float64) @ np.asarray(dequantize(weight), np.float64).T
+    expected = exact(x, weight)
     laid = lay_out_int8(weight)
     for implementation in ("triton_interpret", "reference"):
         y = svsk_matmul(x, laid, implementation)
         assert (y.shape, y.dtype) == ((m, shape[0]), dtype)
-        error = np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(expected)
-        assert error < (1e-3 if dtype == jnp.float16 else 4e-3)
+        assert error(y, expected) < TOLERANCE[x.dtype]
 
 
 def test_the_layout_holds_the_same_weight():
@@ -48,9 +40,9 @@ def test_a_stored_weight_is_laid_out_on_the_way_but_no_stack():
     rng = np.random.default_rng(1)
     weight = random_int8(rng, 70, 300)
     x = jnp.asarray(rng.standard_normal((3, 300)), jnp.float16)
-    expected = np.asarray(x, np.float64) @ np.asarray(dequantize(weight), np.float64).T
+    expected = exact(x, weight)
     y = svsk_matmul(x, weight, "triton_interpret")
-    assert np.linalg.norm(np.asarray(y, np.float64) - expected) < 1e-3 * np.linalg.norm(expected)
+    assert error(y, expected) < 1e-3
     stack = jax.tree.map(lambda leaf: leaf[None], lay_out_int8(weight))
     with pytest.raises(NotImplementedError, match="takes no stack of layers"):
         svsk_matmul(x, stack, "triton_interpret", layer=jnp.int32(0))

@@ -1,0 +1,93 @@
+"""What the kernels of a laid-out weight share: its arrays as operands by name, and what several load."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.svsk_matmul.triton_layout import PLANE, TritonWeight
+from pallas_kernels.svsk_matmul.triton_planes import UNITS, Codebook, byte_plane
+
+Refs = Mapping[str, Any]
+"""A kernel's references by the name of their operand, `out` for the result."""
+
+
+def weight_operands(
+    weight: TritonWeight, names: Sequence[str], layer: jax.Array | None
+) -> dict[str, jax.Array]:
+    """Those of a weight's arrays that it has, and after them `layer`, the index into a stack, if any."""
+    found = {name: getattr(weight, name) for name in names}
+    found = {name: value for name, value in found.items() if value is not None}
+    if layer is not None:
+        found["layer"] = jnp.reshape(layer, (1,)).astype(jnp.int32)
+    return found
+
+
+def abstract(weight: TritonWeight) -> TritonWeight:
+    """The weight's shapes, which a kernel's body may depend on."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), weight)
+
+
+def named(names: Sequence[str], refs: Sequence[Any]) -> Refs:
+    """References by operand, the last one the result's."""
+    return dict(zip([*names, "out"], refs, strict=True))
+
+
+def stack_index(ref: Refs) -> tuple[jax.Array, ...]:
+    """What an index into the weight's arrays begins with: the layer of a stack, or nothing."""
+    return (plgpu.load(ref["layer"].at[jnp.int32(0)]),) if "layer" in ref else ()
+
+
+def load_codebook(
+    ref: Refs, at: tuple[jax.Array, ...], block: jax.Array, shape: tuple[int, int]
+) -> tuple[Codebook, jax.Array]:
+    """The codebook of a block of 64 rows, as large as `shape`, and f, which takes kernel levels to it."""
+    rho, shift, factor, step = (
+        plgpu.load(ref["constants"].at[(*at, pl.ds(block, 1), pl.ds(index, 1))]) for index in range(4)
+    )
+    return Codebook.of(rho, shift, step, shape), factor
+
+
+def sidecar_products(
+    ref: Refs,
+    at: tuple[jax.Array, ...],
+    x_plane: Callable[[jax.Array, int], jax.Array],
+    *,
+    block: jax.Array,
+    first: jax.Array,
+    superblocks: int,
+    shape: tuple[int, int],
+    asm: bool,
+) -> jax.Array:
+    """V x over some superblocks, f32 in units of UNITS[0].
+
+    Args:
+        ref: with `v` and `ranges`.
+        at: see `stack_index`.
+        x_plane: loads the x of a superblock, counted from the first, and a plane of it.
+        block: which rows of V, in blocks of shape[0].
+        first: superblock.
+        superblocks: how many.
+        shape: rows of V and columns of x.
+        asm: inline assembly.
+    """
+    rows = shape[0]
+    row = block * rows + lax.broadcasted_iota(jnp.int32, (rows, PLANE), 0)
+    alive = row < plgpu.load(ref["ranges"].at[(*at, jnp.int32(0), jnp.int32(3))])
+    column = lax.broadcasted_iota(jnp.int32, (rows, PLANE), 1)
+
+    def superblock(i, total):
+        for half in range(2):
+            index = (*at, row, (2 * (first + i) + half) * PLANE + column)
+            words = plgpu.load(ref["v"].at[index], mask=alive, other=0)
+            for byte in range(2):
+                x = x_plane(i, 2 * half + byte)
+                total += plgpu.dot(byte_plane(words, byte, asm=asm), x)
+                total += plgpu.dot(jnp.full((rows, PLANE), -128 * UNITS[0], jnp.float16), x)
+        return total
+
+    return lax.fori_loop(0, superblocks, superblock, jnp.zeros(shape, jnp.float32))
