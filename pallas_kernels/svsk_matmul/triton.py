@@ -36,9 +36,9 @@ def matmul(
 
     Compiled apart, so that tracing a model lowers the kernels of equal layers once.
 
-    Each row of x is divided by a power of two so that it fits f16, levels times int6 scales are rounded to
-    f16 (M > 16) or levels alone (M ≤ 16, flat scales), and V x, group sums and scales are f32. From 384 rows
-    on the weight is restored first, to x's dtype.
+    Each 256 columns of a row of x are divided by a power of two so that they fit f16, levels times int6
+    scales are rounded to f16 (M > 16) or levels alone (M ≤ 16, flat scales), and V x, group sums and scales
+    are f32. From 384 rows on the weight is restored first, to x's dtype.
 
     Args:
         x: bf16 or f16.
@@ -69,18 +69,16 @@ def matmul(
         y = jnp.matmul(flat, dense.T, preferred_element_type=x.dtype)
     elif int8:
         batch = max(8, batch_of(m))
-        small, unit = triton_prepare.prepare(flat, batch=batch, interpret=interpret)
-        y = triton_int8.matmul(small, unit, weight, x.dtype, batch=batch, interpret=interpret)[:m]
+        prepared = triton_prepare.prepare(flat, batch=batch, interpret=interpret)
+        y = triton_int8.matmul(prepared, weight, x.dtype, batch=batch, interpret=interpret)[:m]
     else:
         chosen = configuration(weight, m) if blocks is None else blocks
         chosen.check(weight, chosen.batch * ceil_div(m, chosen.batch))
         group = weight.group if chosen.batch == 1 else None
-        small, unit = triton_prepare.prepare(
-            flat, batch=chosen.batch, spread_group=group, interpret=interpret
-        )
+        prepared = triton_prepare.prepare(flat, batch=chosen.batch, spread_group=group, interpret=interpret)
         kernel = triton_decode if chosen.batch == 1 else triton_rows
-        products = kernel.partial_products(small, weight, chosen, layer=layer, interpret=interpret)
-        y = triton_epilogue.finish(products, unit, weight, x.dtype, layer=layer, interpret=interpret)[:m]
+        products = kernel.partial_products(prepared, weight, chosen, layer=layer, interpret=interpret)
+        y = triton_epilogue.finish(products, weight, x.dtype, layer=layer, interpret=interpret)[:m]
     rows = (weight.shape[0],) if int8 else weight.rows
     return without_padding(y, rows).reshape(*lead, -1)
 

@@ -32,7 +32,7 @@ from pallas_kernels.svsk_matmul.triton_planes import (
     fma_f32,
     small_to_f32,
 )
-from pallas_kernels.svsk_matmul.triton_prepare import SPREAD
+from pallas_kernels.svsk_matmul.triton_prepare import SPREAD, Prepared
 from pallas_kernels.svsk_matmul.tuning import Blocks
 
 NAME = "svsk_decode"
@@ -48,6 +48,9 @@ def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, rows: int, supe
     def x_plane(i, plane):
         return plgpu.load(ref["x"].at[:, pl.ds((first + i) * SUPERBLOCK + plane * PLANE, PLANE)]).T
 
+    def unit_at(i):
+        return plgpu.load(ref["unit"].at[jnp.int32(0), pl.ds(first + i, 1)])
+
     def base():
         row = pl.ds(block * rows, rows)
         constant = block * rows // ROW_UNIT
@@ -57,7 +60,7 @@ def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, rows: int, supe
             b = first + i
             words = plgpu.load(ref["words"].at[(*at, row, pl.ds(b * PLANE, PLANE))])
             if weight.super_scales is not None:
-                supers = plgpu.load(ref["super_scales"].at[(*at, b, row)]).astype(jnp.float32)
+                supers = plgpu.load(ref["super_scales"].at[(*at, b, row)]).astype(jnp.float32) * unit_at(i)
             halves = ((0, 1), (2, 3)) if weight.group == 16 else ((0, 1, 2, 3),)
             for half, planes in enumerate(halves):
                 product = jnp.zeros((rows, SPREAD), jnp.float32)
@@ -73,7 +76,7 @@ def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, rows: int, supe
                 if weight.super_scales is not None:
                     scales = small_to_f32(scales) * supers[:, None]
                 else:
-                    scales = scales.astype(jnp.float32)
+                    scales = scales.astype(jnp.float32) * unit_at(i)
                 total = fma_f32(product, scales, total, asm=asm)
             return total
 
@@ -90,6 +93,7 @@ def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, rows: int, supe
             ref,
             at,
             x_plane,
+            unit_at,
             block=block - blocks,
             first=first,
             superblocks=superblocks,
@@ -103,7 +107,7 @@ def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, rows: int, supe
 
 
 def partial_products(
-    x: Float[Array, "8 k"],
+    x: Prepared,
     weight: TritonWeight,
     blocks: Blocks,
     *,
@@ -113,7 +117,7 @@ def partial_products(
     """Parts of x Ŵᵀ without sidecar, for the weight's padded rows, and after them of x Vᵀ; f32.
 
     Args:
-        x: f16, spread for the weight's groups.
+        x: spread for the weight's groups.
         weight: laid out, or a stack of them with `layer`.
         blocks: configuration.
         layer: index into the stack, int32.
@@ -123,7 +127,7 @@ def partial_products(
     v_blocks = 0 if weight.v is None else ceil_div(weight.v.shape[-2], blocks.rows)
     grid = (weight.padded_rows // blocks.rows + v_blocks, parts)
     fields = ("words", "scales", "constants", "super_scales", "v", "ranges")
-    operands = {"x": x, **weight_operands(weight, fields, layer)}
+    operands = {"x": x.values, "unit": x.unit, **weight_operands(weight, fields, layer)}
     body = partial(
         _kernel,
         names=tuple(operands),

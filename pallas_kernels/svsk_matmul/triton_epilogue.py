@@ -49,8 +49,7 @@ def _one_row(*refs, names: tuple[str, ...], parts: int, rows: int):
             return y + jnp.sum(t[:, None, :] * u[None, :, :], axis=2)
 
         y = lax.fori_loop(0, lax.div(count + (RANKS - 1), jnp.int32(RANKS)), some, y)
-    value = y * plgpu.load(ref["unit"].at[jnp.int32(0)])
-    plgpu.store(ref["out"].at[:, row], value.astype(ref["out"].dtype))
+    plgpu.store(ref["out"].at[:, row], y.astype(ref["out"].dtype))
 
 
 def _several_rows(*refs, names: tuple[str, ...], parts: int, rows: int):
@@ -87,26 +86,22 @@ def _several_rows(*refs, names: tuple[str, ...], parts: int, rows: int):
             return y + plgpu.dot(t, u, precision=lax.Precision.HIGHEST)
 
         y = lax.fori_loop(0, lax.div(count + (RANKS - 1), jnp.int32(RANKS)), some, y)
-    unit = plgpu.load(ref["unit"].at[item], mask=item < m, other=0.0)
-    value = (y * unit).astype(ref["out"].dtype)
     index = (jnp.broadcast_to(item, y.shape), jnp.broadcast_to(row, y.shape))
-    plgpu.store(ref["out"].at[index], value, mask=index[0] < m)
+    plgpu.store(ref["out"].at[index], y.astype(ref["out"].dtype), mask=index[0] < m)
 
 
 def finish(
     products: Float[Array, "parts m rows"],
-    unit: Float[Array, "m"],
     weight: TritonWeight,
     dtype: DTypeLike,
     *,
     layer: jax.Array | None = None,
     interpret: bool = False,
 ) -> Float[Array, "m n"]:
-    """y = unit · (Σ parts + U diag(scale) (V x)) in `dtype`, for the weight's padded rows.
+    """y = Σ parts + U diag(scale) (V x) in `dtype`, for the weight's padded rows.
 
     Args:
         products: what a kernel's `partial_products` returned.
-        unit: f32, the number each row of x was divided by.
         weight: laid out, or a stack of them with `layer`.
         dtype: of the result.
         layer: index into the stack, int32.
@@ -115,7 +110,7 @@ def finish(
     parts, m, _ = products.shape
     batch = 1 if m == 1 else BATCH
     fields = ("v_scale", "u", "ranges")
-    operands = {"products": products, "unit": unit}
+    operands = {"products": products}
     operands |= weight_operands(weight, fields, None if weight.v is None else layer)
     body = partial(
         _one_row if m == 1 else _several_rows, names=tuple(operands), parts=parts, rows=weight.padded_rows

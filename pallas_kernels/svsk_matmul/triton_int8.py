@@ -22,6 +22,7 @@ from pallas_kernels.svsk_matmul.triton_layout import (
     unpack_byte_planes,
 )
 from pallas_kernels.svsk_matmul.triton_planes import UNITS, byte_plane, fma_f32
+from pallas_kernels.svsk_matmul.triton_prepare import Prepared
 from pallas_kernels.svsk_matmul.types import Int8Weight, Leaf
 
 NAME = "svsk_int8"
@@ -72,11 +73,12 @@ def take_rows(weight: TritonInt8Weight, rows: Int[Array, "*b"], dtype: DTypeLike
     return (values * scales).astype(dtype)[..., : weight.shape[1]]
 
 
-def _kernel(x_ref, words_ref, scales_ref, unit_ref, out_ref, *, superblocks: int, asm: bool):
+def _kernel(x_ref, unit_ref, words_ref, scales_ref, out_ref, *, superblocks: int, asm: bool):
     batch = x_ref.shape[0]
     row = pl.ds(pl.program_id(0) * ROWS, ROWS)
 
     def superblock(b, total):
+        unit = plgpu.load(unit_ref.at[:, b])[None, :]
         for half in range(2):
             words = plgpu.load(words_ref.at[row, pl.ds((2 * b + half) * PLANE, PLANE)])
             for byte in range(2):
@@ -85,47 +87,42 @@ def _kernel(x_ref, words_ref, scales_ref, unit_ref, out_ref, *, superblocks: int
                 product = plgpu.dot(byte_plane(words, byte, asm=asm), x)
                 product += plgpu.dot(jnp.full((ROWS, PLANE), -128 * UNITS[0], jnp.float16), x)
                 scale = plgpu.load(scales_ref.at[plane, row]).astype(jnp.float32)
-                scale = jnp.broadcast_to(scale[:, None], product.shape)
-                total = fma_f32(product, scale, total, asm=asm)
+                total = fma_f32(product, scale[:, None] * unit, total, asm=asm)
         return total
 
     total = lax.fori_loop(0, superblocks, superblock, jnp.zeros((ROWS, batch), jnp.float32))
-    unit = plgpu.load(unit_ref) * jnp.float32(1 / UNITS[0])
-    out_ref[...] = (total.T * unit[:, None]).astype(out_ref.dtype)
+    out_ref[...] = (total.T * jnp.float32(1 / UNITS[0])).astype(out_ref.dtype)
 
 
 def matmul(
-    x: Float[Array, "m k"],
-    unit: Float[Array, "m"],
+    x: Prepared,
     weight: TritonInt8Weight,
     dtype: DTypeLike,
     *,
     batch: int,
     interpret: bool = False,
 ) -> Float[Array, "m n"]:
-    """unit · (x Ŵᵀ) in `dtype`, for the padded rows of the weight; f32 accumulation.
+    """x Ŵᵀ in `dtype`, for the padded rows of the weight; f32 accumulation.
 
     Args:
-        x: f16, padded to whole superblocks and to a multiple of `batch` rows.
-        unit: f32, the number each row of x was divided by.
+        x: a multiple of `batch` rows, not spread.
         weight: laid out.
         dtype: of the result.
         batch: rows of x that a program computes, 8 or a power of two above.
         interpret: run in interpret mode.
     """
-    operands = [x, weight.words, weight.scales, unit]
+    m = x.values.shape[0]
     return pl.pallas_call(
         partial(_kernel, superblocks=weight.superblocks, asm=not interpret),
-        grid=(weight.padded_rows // ROWS, x.shape[0] // batch),
+        grid=(weight.padded_rows // ROWS, m // batch),
         in_specs=[
-            pl.BlockSpec((batch, x.shape[1]), lambda i, m: (m, 0)),
+            *(pl.BlockSpec((batch, each.shape[1]), lambda i, m: (m, 0)) for each in x),
             pl.BlockSpec(),
             pl.BlockSpec(),
-            pl.BlockSpec((batch,), lambda i, m: (m,)),
         ],
         out_specs=pl.BlockSpec((batch, ROWS), lambda i, m: (m, i)),
-        out_shape=jax.ShapeDtypeStruct((x.shape[0], weight.padded_rows), dtype),
+        out_shape=jax.ShapeDtypeStruct((m, weight.padded_rows), dtype),
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=STAGES),
         interpret=interpret,
         name=NAME,
-    )(*operands)
+    )(*x, weight.words, weight.scales)

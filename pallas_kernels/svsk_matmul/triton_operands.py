@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.svsk_matmul.triton_layout import PLANE, TritonWeight
-from pallas_kernels.svsk_matmul.triton_planes import UNITS, Codebook, byte_plane
+from pallas_kernels.svsk_matmul.triton_planes import UNITS, Codebook, byte_plane, fma_f32
 
 Refs = Mapping[str, Any]
 """A kernel's references by the name of their operand, `out` for the result."""
@@ -56,6 +56,7 @@ def sidecar_products(
     ref: Refs,
     at: tuple[jax.Array, ...],
     x_plane: Callable[[jax.Array, int], jax.Array],
+    unit_at: Callable[[jax.Array], jax.Array],
     *,
     block: jax.Array,
     first: jax.Array,
@@ -69,6 +70,7 @@ def sidecar_products(
         ref: with `v` and `ranges`.
         at: see `stack_index`.
         x_plane: loads the x of a superblock, counted from the first, and a plane of it.
+        unit_at: loads the unit of a superblock for each column of x, or for all as one.
         block: which rows of V, in blocks of shape[0].
         first: superblock.
         superblocks: how many.
@@ -81,13 +83,14 @@ def sidecar_products(
     column = lax.broadcasted_iota(jnp.int32, (rows, PLANE), 1)
 
     def superblock(i, total):
+        product = jnp.zeros(shape, jnp.float32)
         for half in range(2):
             index = (*at, row, (2 * (first + i) + half) * PLANE + column)
             words = plgpu.load(ref["v"].at[index], mask=alive, other=0)
             for byte in range(2):
                 x = x_plane(i, 2 * half + byte)
-                total += plgpu.dot(byte_plane(words, byte, asm=asm), x)
-                total += plgpu.dot(jnp.full((rows, PLANE), -128 * UNITS[0], jnp.float16), x)
-        return total
+                product += plgpu.dot(byte_plane(words, byte, asm=asm), x)
+                product += plgpu.dot(jnp.full((rows, PLANE), -128 * UNITS[0], jnp.float16), x)
+        return fma_f32(product, jnp.broadcast_to(unit_at(i)[None, :], shape), total, asm=asm)
 
     return lax.fori_loop(0, superblocks, superblock, jnp.zeros(shape, jnp.float32))

@@ -32,6 +32,7 @@ from pallas_kernels.svsk_matmul.triton_planes import (
     linear_plane,
     small_to_f16,
 )
+from pallas_kernels.svsk_matmul.triton_prepare import Prepared
 from pallas_kernels.svsk_matmul.tuning import Blocks
 
 NAME = "svsk_rows"
@@ -52,6 +53,9 @@ def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, blocks: Blocks,
 
     def x_at(column, width):
         return plgpu.load(ref["x"].at[:, pl.ds(column, width)]).T
+
+    def unit_at(i):
+        return plgpu.load(ref["unit"].at[:, first + i])
 
     def base():
         row = pl.ds(block * rows, rows)
@@ -87,10 +91,11 @@ def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, blocks: Blocks,
                     else:
                         scale = plgpu.load(ref["scales"].at[(*at, b, row, jnp.int32(place))])
                         product = product + plgpu.dot(level * small_to_f16(scale)[:, None], x)
-            if weight.super_scales is None:
-                return total + product
-            supers = plgpu.load(ref["super_scales"].at[(*at, b, row)]).astype(jnp.float32)
-            return fma_f32(product, jnp.broadcast_to(supers[:, None], product.shape), total, asm=asm)
+            factors = jnp.broadcast_to(unit_at(i)[None, :], product.shape)
+            if weight.super_scales is not None:
+                supers = plgpu.load(ref["super_scales"].at[(*at, b, row)]).astype(jnp.float32)
+                factors = factors * supers[:, None]
+            return fma_f32(product, factors, total, asm=asm)
 
         total = lax.fori_loop(0, blocks.superblocks, superblock, jnp.zeros((rows, batch), jnp.float32))
         return total * (
@@ -102,6 +107,7 @@ def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, blocks: Blocks,
             ref,
             at,
             lambda i, plane: x_at((first + i) * SUPERBLOCK + plane * PLANE, PLANE),
+            unit_at,
             block=block - base_blocks,
             first=first,
             superblocks=blocks.superblocks,
@@ -115,7 +121,7 @@ def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, blocks: Blocks,
 
 
 def partial_products(
-    x: Float[Array, "m k"],
+    x: Prepared,
     weight: TritonWeight,
     blocks: Blocks,
     *,
@@ -125,7 +131,7 @@ def partial_products(
     """Parts of x Ŵᵀ without sidecar, for the weight's padded rows, and after them of x Vᵀ; f32.
 
     Args:
-        x: f16, padded to whole superblocks and to a multiple of `blocks.batch` rows.
+        x: a multiple of `blocks.batch` rows, not spread.
         weight: laid out, or a stack of them with `layer`.
         blocks: configuration.
         layer: index into the stack, int32.
@@ -133,11 +139,12 @@ def partial_products(
     """
     parts = weight.superblocks // blocks.superblocks
     v_blocks = 0 if weight.v is None else ceil_div(weight.v.shape[-2], blocks.rows)
-    grid = (weight.padded_rows // blocks.rows + v_blocks, x.shape[0] // blocks.batch, parts)
+    m = x.values.shape[0]
+    grid = (weight.padded_rows // blocks.rows + v_blocks, m // blocks.batch, parts)
     fields = ("words", "scales", "constants", "super_scales", "v", "ranges")
-    operands = {"x": x, **weight_operands(weight, fields, layer)}
-    specs = [pl.BlockSpec((blocks.batch, x.shape[1]), lambda i, m, k: (m, 0))]
-    specs += [pl.BlockSpec()] * (len(operands) - 1)
+    operands = {"x": x.values, "unit": x.unit, **weight_operands(weight, fields, layer)}
+    specs = [pl.BlockSpec((blocks.batch, each.shape[1]), lambda i, m, k: (m, 0)) for each in x]
+    specs += [pl.BlockSpec()] * (len(operands) - len(x))
     body = partial(
         _kernel,
         names=tuple(operands),
@@ -150,7 +157,7 @@ def partial_products(
         grid=grid,
         in_specs=specs,
         out_specs=pl.BlockSpec((None, blocks.batch, blocks.rows), lambda i, m, k: (k, m, i)),
-        out_shape=jax.ShapeDtypeStruct((parts, x.shape[0], grid[0] * blocks.rows), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((parts, m, grid[0] * blocks.rows), jnp.float32),
         compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
         name=NAME,

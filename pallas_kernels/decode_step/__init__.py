@@ -1,0 +1,20 @@
+"""The kernels between the products of a decode step: each finishes a product and writes what the next one
+reads."""
+
+from pallas_kernels.decode_step.attention import attend
+from pallas_kernels.decode_step.gated import finish_gated
+from pallas_kernels.decode_step.heads import HEAD_DIMS, finish_heads
+from pallas_kernels.decode_step.product import Product, product, spread_group
+from pallas_kernels.decode_step.residual import Residual, finish_residual
+
+__all__ = [
+    "HEAD_DIMS",
+    "Product",
+    "Residual",
+    "attend",
+    "finish_gated",
+    "finish_heads",
+    "finish_residual",
+    "product",
+    "spread_group",
+]

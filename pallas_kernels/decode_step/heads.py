@@ -1,0 +1,123 @@
+"""The Triton kernel between the query, key and value product and attention."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.decode_step.product import Product, abstract, biased, finished, inverse_rms, starts
+
+NAME = "svsk_heads"
+WARPS = 2
+HEAD_DIMS = (64, 128)
+"""Sizes of a head whose halves lie within a block of 64 rows of the product."""
+
+
+class Heads(NamedTuple):
+    """Numbers of a layer's attention."""
+
+    queries: int
+    keys: int
+    dim: int
+
+
+def _kernel(*refs, names: tuple[str, ...], product: Product, heads: Heads, columns: int, eps: float):
+    ref = dict(zip(names, refs, strict=True))
+    head, item = pl.program_id(0), pl.program_id(1)
+    half = heads.dim // 2
+    norm = inverse_rms(ref["squares"], item, columns, eps)
+    first = starts(head * heads.dim, 2, half)
+    lane = lax.broadcasted_iota(jnp.int32, (2, half), 1)
+    upper = lax.broadcasted_iota(jnp.int32, (2, half), 0) == 1
+    y = biased(ref, finished(ref, product, item, first, half) * norm, first + lane)
+    is_query, is_value = head < heads.queries, head >= heads.queries + heads.keys
+    if "norms" in ref:
+        kind = jnp.where(is_query, 0, 1)
+        scale = plgpu.load(ref["norms"].at[kind, starts(0, 2, half) + lane]).astype(jnp.float32)
+        y = jnp.where(is_value, y, y * lax.rsqrt(jnp.sum(y * y) / heads.dim + eps) * scale)
+    low, high = jnp.sum(jnp.where(upper, 0.0, y), axis=0), jnp.sum(jnp.where(upper, y, 0.0), axis=0)
+    turn = lax.broadcasted_iota(jnp.int32, (half,), 0)
+    cos = jnp.where(is_value, 1.0, plgpu.load(ref["cos"].at[item, turn]))
+    sin = jnp.where(is_value, 0.0, plgpu.load(ref["sin"].at[item, turn]))
+    low, high = low * cos - high * sin, high * cos + low * sin
+
+    def store(target, *index):
+        plgpu.store(target.at[(*index, turn)], low.astype(target.dtype))
+        plgpu.store(target.at[(*index, half + turn)], high.astype(target.dtype))
+
+    slot = plgpu.load(ref["lengths"].at[item])
+
+    @pl.when(is_query)
+    def _():
+        store(ref["queries"], item, head)
+
+    @pl.when(jnp.logical_not(is_query) & jnp.logical_not(is_value))
+    def _():
+        store(ref["new_keys"], item, slot, head - heads.queries)
+
+    @pl.when(is_value)
+    def _():
+        store(ref["new_values"], item, slot, head - heads.queries - heads.keys)
+
+
+@partial(jax.jit, static_argnames=("columns", "eps", "dtype", "interpret"))
+def finish_heads(
+    product: Product,
+    squares: jax.Array,
+    norms: Float[Array, "2 dim"] | None,
+    turns: tuple[Float[Array, "m half"], Float[Array, "m half"]],
+    lengths: Int[Array, "m"],
+    keys: Float[Array, "m capacity heads dim"],
+    values: Float[Array, "m capacity heads dim"],
+    *,
+    columns: int,
+    eps: float,
+    dtype: DTypeLike,
+    interpret: bool = False,
+) -> tuple[Float[Array, "m queries dim"], jax.Array, jax.Array]:
+    """Queries, and the cache with keys and values of the new positions; queries and keys normed and rotated.
+
+    Args:
+        product: of q, k and v, one above the other, with `Residual.scaled`.
+        squares: `Residual.squares`.
+        norms: scales of the heads' RMSNorm, for queries and for keys, or None without it.
+        turns: cosines and sines of the new positions' angles, f32.
+        lengths: int32, filled positions of the cache; the new one is written behind them.
+        keys, values: the cache, which is written in place.
+        columns: d, of the residual stream.
+        eps: of the RMSNorms.
+        dtype: of the queries.
+        interpret: run in interpret mode.
+    """
+    m, _, num_keys, dim = keys.shape
+    heads = Heads(queries=product.weight.rows[0] // dim, keys=num_keys, dim=dim)
+    operands = {"squares": squares, "cos": turns[0], "sin": turns[1], "lengths": lengths}
+    operands |= product.operands | ({} if norms is None else {"norms": norms})
+    operands |= {"keys": keys, "values": values}
+    shapes = {
+        "queries": jax.ShapeDtypeStruct((m, heads.queries, dim), dtype),
+        "new_keys": jax.ShapeDtypeStruct(keys.shape, keys.dtype),
+        "new_values": jax.ShapeDtypeStruct(values.shape, values.dtype),
+    }
+    return pl.pallas_call(
+        partial(
+            _kernel,
+            names=(*operands, *shapes),
+            product=abstract(product),
+            heads=heads,
+            columns=columns,
+            eps=eps,
+        ),
+        grid=(heads.queries + 2 * heads.keys, m),
+        out_shape=tuple(shapes.values()),
+        input_output_aliases={len(operands) - 2: 1, len(operands) - 1: 2},
+        compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
+        interpret=interpret,
+        name=NAME,
+    )(*operands.values())

@@ -1,0 +1,160 @@
+"""A decode step of few kernels: products that end in the norm, attention or gate which follows them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.decode_step import (
+    HEAD_DIMS,
+    attend,
+    finish_gated,
+    finish_heads,
+    finish_residual,
+    product,
+    spread_group,
+)
+from pallas_kernels.svsk_matmul import TritonInt8Weight, TritonWeight, triton_int8, why_no_triton
+from pallas_kernels.svsk_matmul.tuning import batch_of
+from svsk_jax.model.decoder import Decoder, DecoderLayer
+from svsk_jax.model.linear import Linear
+
+LARGEST_BATCH = 64
+"""Sequences that a step takes."""
+
+
+def why_not_fused(model: Decoder, *, interpret: bool = False) -> str | None:
+    """Why `fused_step` can't run this model here, or None if it can."""
+    if model.config.head_dim not in HEAD_DIMS:
+        return f"heads have {model.config.head_dim} columns; known are {HEAD_DIMS}"
+    if not interpret and (reason := why_no_triton(model.dtype)) is not None:
+        return reason
+    for layer in model.layers:
+        for name, linear in _linears(layer).items():
+            if linear is None or not isinstance(linear.weight.get_value(), TritonWeight):
+                return f"{name} is not packed for the kernels"
+    if not isinstance(_head(model), TritonInt8Weight):
+        return "the head is not int8"
+    return None
+
+
+def batch_bucket(sequences: int) -> int:
+    """The batch that a step for some sequences has: 1, 8, 16, 32 or 64.
+
+    Raises:
+        ValueError: more than that.
+    """
+    if not 1 <= sequences <= LARGEST_BATCH:
+        raise ValueError(f"a decode step takes 1 to {LARGEST_BATCH} sequences, got {sequences}")
+    return batch_of(sequences)
+
+
+def fused_step(
+    model: Decoder,
+    tokens: Int[Array, "b"],
+    keys: tuple[jax.Array, ...],
+    values: tuple[jax.Array, ...],
+    lengths: Int[Array, "b"],
+    *,
+    interpret: bool = False,
+) -> tuple[Float[Array, "b v"], tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """f32 logits after one more token of each sequence, and the caches with it.
+
+    The residual stream is f32, and x of a product is rounded to f16, not to the model's dtype.
+
+    Args:
+        model: one that `why_not_fused` says nothing against.
+        tokens: int32; their number is one of `batch_bucket`.
+        keys, values: of each layer, [b, capacity, KV heads, head_dim]; donate them, to be written in place.
+        lengths: int32, filled positions of each sequence, below the capacity.
+        interpret: run the kernels in interpret mode.
+    """
+    config, m, d = model.config, tokens.shape[0], model.config.hidden_size
+    norm: dict[str, Any] = {"columns": d, "eps": config.rms_norm_eps, "interpret": interpret}
+    angles = lengths.astype(jnp.float32)[:, None] * jnp.asarray(config.inverse_frequencies)
+    turns = jnp.cos(angles), jnp.sin(angles)
+    layers = [_Layer(layer) for layer in model.layers]
+    head = _head(model)
+    x = model.embedding(tokens, model.dtype)
+    pending = None
+    new_keys, new_values = [], []
+    for layer, layer_keys, layer_values in zip(layers, keys, values, strict=True):
+        group = spread_group(layer.qkv, m)
+        stream = finish_residual(x, pending, layer.input_norm, group=group, interpret=interpret)
+        qkv = product(stream.scaled, layer.qkv, layer.qkv_bias, interpret=interpret)
+        queries, layer_keys, layer_values = finish_heads(
+            qkv,
+            stream.squares,
+            layer.head_norms,
+            turns,
+            lengths,
+            layer_keys,
+            layer_values,
+            dtype=model.dtype,
+            **norm,
+        )
+        mixed = attend(
+            queries,
+            layer_keys,
+            layer_values,
+            lengths,
+            window=config.sliding_window,
+            group=spread_group(layer.o, m),
+            interpret=interpret,
+        )
+        o = product(mixed, layer.o, layer.o_bias, interpret=interpret)
+        group = spread_group(layer.gate_up, m)
+        stream = finish_residual(stream.x, o, layer.mlp_norm, group=group, interpret=interpret)
+        gate_up = product(stream.scaled, layer.gate_up, layer.gate_up_bias, interpret=interpret)
+        hidden = finish_gated(gate_up, stream.squares, group=spread_group(layer.down, m), **norm)
+        pending = product(hidden, layer.down, layer.down_bias, interpret=interpret)
+        x = stream.x
+        new_keys.append(layer_keys)
+        new_values.append(layer_values)
+    rows = max(8, m)
+    scale = model.final_norm.scale.get_value()
+    stream = finish_residual(x, pending, scale, group=None, rows=rows, interpret=interpret)
+    logits = triton_int8.matmul(stream.scaled, head, jnp.float32, batch=batch_of(rows), interpret=interpret)
+    rms = jnp.sqrt(jnp.sum(stream.squares, axis=-1, keepdims=True) / d + config.rms_norm_eps)
+    return logits[:m, : config.vocab_size] / rms, tuple(new_keys), tuple(new_values)
+
+
+class _Layer:
+    """What the step reads of a layer."""
+
+    def __init__(self, layer: DecoderLayer):
+        linears = _linears(layer)
+        self.qkv, self.qkv_bias = _weight(linears["attention.qkv"])
+        self.o, self.o_bias = _weight(linears["attention.o"])
+        self.gate_up, self.gate_up_bias = _weight(linears["mlp.gate_up"])
+        self.down, self.down_bias = _weight(linears["mlp.down"])
+        self.input_norm, self.mlp_norm = (
+            norm.scale.get_value() for norm in (layer.input_norm, layer.mlp_norm)
+        )
+        q_norm, k_norm = layer.attention.q_norm, layer.attention.k_norm
+        self.head_norms = (
+            None
+            if q_norm is None or k_norm is None
+            else jnp.stack([q_norm.scale.get_value(), k_norm.scale.get_value()])
+        )
+
+
+def _linears(layer: DecoderLayer) -> dict[str, Linear | None]:
+    return {
+        "attention.qkv": layer.attention.qkv,
+        "attention.o": layer.attention.o,
+        "mlp.gate_up": layer.mlp.gate_up,
+        "mlp.down": layer.mlp.down,
+    }
+
+
+def _weight(linear: Linear | None) -> tuple[TritonWeight, jax.Array | None]:
+    assert linear is not None
+    weight = linear.weight.get_value()
+    assert isinstance(weight, TritonWeight)
+    return weight, None if linear.bias is None else linear.bias.get_value()
+
+
+def _head(model: Decoder) -> Any:
+    return (model.embedding if model.head is None else model.head).weight.get_value()
