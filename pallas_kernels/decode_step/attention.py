@@ -51,7 +51,7 @@ def _attend(
     lane = lax.broadcasted_iota(jnp.int32, (ROWS, dim), 1)
     query = head * per_key + row
     q = plgpu.load(queries_ref.at[item, query, lane], mask=row < per_key, other=0)
-    stop = plgpu.load(lengths_ref.at[item]) + 1
+    stop = jnp.minimum(plgpu.load(lengths_ref.at[item]) + 1, keys_ref.shape[1])
     start = jnp.maximum(stop - window, 0)
     size = POSITIONS * lax.div(stop - start + (POSITIONS * splits - 1), jnp.int32(POSITIONS * splits))
     start += split * size

@@ -37,9 +37,10 @@ def _kernel(*refs, names: tuple[str, ...], product: Product, heads: Heads, colum
     upper = lax.broadcasted_iota(jnp.int32, (2, half), 0) == 1
     y = biased(ref, finished(ref, product, item, first, half) * norm, first + lane)
     is_query, is_value = head < heads.queries, head >= heads.queries + heads.keys
-    if "norms" in ref:
-        kind = jnp.where(is_query, 0, 1)
-        scale = plgpu.load(ref["norms"].at[kind, starts(0, 2, half) + lane]).astype(jnp.float32)
+    if "query_norm" in ref:
+        place = starts(0, 2, half) + lane
+        of_query, of_key = (plgpu.load(ref[name].at[place]) for name in ("query_norm", "key_norm"))
+        scale = jnp.where(is_query, of_query, of_key).astype(jnp.float32)
         y = jnp.where(is_value, y, y * lax.rsqrt(jnp.sum(y * y) / heads.dim + eps) * scale)
     low, high = jnp.sum(jnp.where(upper, 0.0, y), axis=0), jnp.sum(jnp.where(upper, y, 0.0), axis=0)
     turn = lax.broadcasted_iota(jnp.int32, (half,), 0)
@@ -51,7 +52,7 @@ def _kernel(*refs, names: tuple[str, ...], product: Product, heads: Heads, colum
         plgpu.store(target.at[(*index, turn)], low.astype(target.dtype))
         plgpu.store(target.at[(*index, half + turn)], high.astype(target.dtype))
 
-    slot = plgpu.load(ref["lengths"].at[item])
+    slot = jnp.minimum(plgpu.load(ref["lengths"].at[item]), ref["keys"].shape[1] - 1)
 
     @pl.when(is_query)
     def _():
@@ -70,7 +71,7 @@ def _kernel(*refs, names: tuple[str, ...], product: Product, heads: Heads, colum
 def finish_heads(
     product: Product,
     squares: jax.Array,
-    norms: Float[Array, "2 dim"] | None,
+    norms: tuple[Float[Array, "dim"], Float[Array, "dim"]] | None,
     turns: tuple[Float[Array, "m half"], Float[Array, "m half"]],
     lengths: Int[Array, "m"],
     keys: Float[Array, "m capacity heads dim"],
@@ -98,7 +99,9 @@ def finish_heads(
     m, _, num_keys, dim = keys.shape
     heads = Heads(queries=product.weight.rows[0] // dim, keys=num_keys, dim=dim)
     operands = {"squares": squares, "cos": turns[0], "sin": turns[1], "lengths": lengths}
-    operands |= product.operands | ({} if norms is None else {"norms": norms})
+    operands |= product.operands
+    if norms is not None:
+        operands |= {"query_norm": norms[0], "key_norm": norms[1]}
     operands |= {"keys": keys, "values": values}
     shapes = {
         "queries": jax.ShapeDtypeStruct((m, heads.queries, dim), dtype),

@@ -134,9 +134,7 @@ class _Layer:
         )
         q_norm, k_norm = layer.attention.q_norm, layer.attention.k_norm
         self.head_norms = (
-            None
-            if q_norm is None or k_norm is None
-            else jnp.stack([q_norm.scale.get_value(), k_norm.scale.get_value()])
+            None if q_norm is None or k_norm is None else (q_norm.scale.get_value(), k_norm.scale.get_value())
         )
 
 

@@ -11,14 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from svsk_jax.model import Decoder, KVCache
+from svsk_jax.model import Decoder
+from svsk_jax.model.fused_step import why_not_fused
+from svsk_jax.runtime import steps
 from svsk_jax.runtime.detokenize import Detokenizer
-from svsk_jax.runtime.sampling import SamplingConfig, SamplingNumbers, sample
+from svsk_jax.runtime.sampling import SamplingConfig
 
-SMALLEST_BUCKET = 16
 DEFAULT_CAPACITY = 4096
-CacheArrays = tuple[tuple[jax.Array, ...], tuple[jax.Array, ...], jax.Array]
-"""Keys, values and length of a KVCache, whose own type refuses the placeholders that lowering puts in it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,8 +94,14 @@ class TextGenerator:
         self.config = model.config
         # Flattened once: taking a module apart in Python costs more than a step of a small model.
         self._leaves, structure = jax.tree.flatten(model)
-        self._prefill = jax.jit(partial(_prefill, structure, self.capacity))
-        self._step = jax.jit(partial(_step, structure), donate_argnames="cache")
+        self.fused = why_not_fused(model) is None
+        slots = steps.slots_for(self.capacity) if self.fused else self.capacity
+        self._prefill = jax.jit(partial(steps.prefill, structure, slots))
+        if self.fused:
+            step = partial(steps.fused_steps, structure)
+            self._step = jax.jit(step, donate_argnames="state", static_argnames="greedy")
+        else:
+            self._step = jax.jit(partial(steps.step, structure), donate_argnames="state")
 
     def stream(
         self, prompt_ids: Sequence[int], *, max_tokens: int = 256, sampling: SamplingConfig | None = None
@@ -138,36 +143,41 @@ class TextGenerator:
     ) -> Generator[str, None, GenerationResult]:
         detokenizer = Detokenizer(self.tokenizer, prompt_ids)
         numbers, key = sampling.numbers, jax.random.key(sampling.seed)
-        padded = np.zeros((1, prefill_bucket(len(prompt_ids), self.capacity)), np.int32)
+        padded = np.zeros((1, steps.prefill_bucket(len(prompt_ids), self.capacity)), np.int32)
         padded[0, : len(prompt_ids)] = prompt_ids
         prompt = (self._leaves, jnp.asarray(padded), jnp.int32(len(prompt_ids)), key, numbers)
         # Lowering and compiling fills jit's cache, so that the timed calls find everything compiled.
         self._prefill.lower(*prompt).compile()
         start = time.perf_counter()
-        token, cache = self._prefill(*prompt)
-        token.block_until_ready()
+        tokens, state = self._prefill(*prompt)
+        tokens.block_until_ready()
         prefill_seconds = time.perf_counter() - start
+        static: dict[str, Any] = {}
+        if self.fused:
+            state, static = state._replace(lengths=state.lengths[None]), {"greedy": sampling.temperature == 0}
         if budget > 1:
-            self._step.lower(self._leaves, token, cache, key, numbers).compile()
+            self._step.lower(self._leaves, state, key, numbers, **static).compile()
 
         ids: list[int] = []
         pieces: list[str] = []
         finish_reason = "length"
+        made = 1
         start = time.perf_counter()
-        for remaining in reversed(range(budget)):
-            # The next step runs while this token is fetched and shown; the one after a stop token is wasted.
-            ahead = self._step(self._leaves, token, cache, key, numbers) if remaining else None
-            token_id = int(token[0])
-            if token_id in self.stop_ids:
-                finish_reason = "stop"
-                break
-            ids.append(token_id)
-            piece = detokenizer.push(token_id)
-            if piece:
-                pieces.append(piece)
-                yield piece
+        while finish_reason != "stop" and len(ids) < budget:
+            # The next step runs while these tokens are fetched and shown; one after a stop token is wasted.
+            ahead = self._step(self._leaves, state, key, numbers, **static) if made < budget else None
+            for token_id in np.asarray(tokens)[: budget - len(ids), 0].tolist():
+                if token_id in self.stop_ids:
+                    finish_reason = "stop"
+                    break
+                ids.append(token_id)
+                piece = detokenizer.push(token_id)
+                if piece:
+                    pieces.append(piece)
+                    yield piece
             if ahead is not None:
-                token, cache = ahead
+                tokens, state = ahead
+                made += len(tokens)
         decode_seconds = time.perf_counter() - start
         decoded = len(ids) + (finish_reason == "stop") - 1
         tail = detokenizer.flush()
@@ -182,38 +192,3 @@ class TextGenerator:
             prefill_seconds=prefill_seconds,
             tokens_per_second=decoded / decode_seconds if decoded else 0.0,
         )
-
-
-def prefill_bucket(length: int, capacity: int) -> int:
-    """The padded length of a prompt: a power of two from 16 up, at most the capacity; few shapes compile."""
-    return min(max(SMALLEST_BUCKET, 1 << (length - 1).bit_length()), capacity)
-
-
-def _prefill(
-    structure: Any,
-    capacity: int,
-    leaves: list[jax.Array],
-    tokens: jax.Array,
-    length: jax.Array,
-    key: jax.Array,
-    numbers: SamplingNumbers,
-) -> tuple[jax.Array, CacheArrays]:
-    model: Decoder = jax.tree.unflatten(structure, leaves)
-    logits, cache = model.extend(tokens, KVCache.empty(model.config, 1, capacity, model.dtype), length - 1)
-    # Padding lies beyond the length: no position attends to it before a later token overwrites it.
-    return sample(logits, jax.random.fold_in(key, length), numbers), (cache.keys, cache.values, length)
-
-
-def _step(
-    structure: Any,
-    leaves: list[jax.Array],
-    token: jax.Array,
-    cache: CacheArrays,
-    key: jax.Array,
-    numbers: SamplingNumbers,
-) -> tuple[jax.Array, CacheArrays]:
-    model: Decoder = jax.tree.unflatten(structure, leaves)
-    keys, values, length = cache
-    logits, grown = model.extend(token[:, None], KVCache(keys=keys, values=values, length=length))
-    token = sample(logits, jax.random.fold_in(key, grown.length), numbers)
-    return token, (grown.keys, grown.values, grown.length)

@@ -84,11 +84,12 @@ def sample(logits: Float[Array, "b v"], key: PRNGKeyArray, numbers: SamplingNumb
     return jax.lax.cond(
         numbers.temperature == 0,
         lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32),
-        lambda: _draw(logits, key, numbers),
+        lambda: draw(logits, key, numbers),
     )
 
 
-def _draw(logits: jax.Array, key: jax.Array, numbers: SamplingNumbers) -> jax.Array:
+def draw(logits: Float[Array, "b v"], key: PRNGKeyArray, numbers: SamplingNumbers) -> Int[Array, "b"]:
+    """`sample` at a temperature above 0."""
     order = jnp.argsort(logits, axis=-1, descending=True)
     # Relative to the likeliest, or a small temperature would overflow to infinities whose difference is nan.
     z = jnp.take_along_axis(logits, order, axis=-1).astype(jnp.float32)

@@ -8,9 +8,8 @@ import pytest
 
 from svsk_jax.model import Decoder
 from svsk_jax.model.parameters import random_parameters
-from svsk_jax.runtime import SamplingConfig, TextGenerator
-from svsk_jax.runtime import generate as generate_module
-from svsk_jax.runtime.generate import prefill_bucket
+from svsk_jax.runtime import SamplingConfig, TextGenerator, steps
+from svsk_jax.runtime.steps import prefill_bucket
 
 run = jax.jit(lambda decoder, tokens: decoder(tokens))
 PROMPT = [5, 80, 33, 7, 120, 64, 9]
@@ -40,7 +39,7 @@ def test_padding_of_the_prompt_changes_nothing(generator, monkeypatch):
     sampling = SamplingConfig(temperature=1.0, seed=3)
     texts = []
     for bucket in (len(PROMPT), 61, 96):
-        monkeypatch.setattr(generate_module, "prefill_bucket", lambda length, capacity, bucket=bucket: bucket)
+        monkeypatch.setattr(steps, "prefill_bucket", lambda length, capacity, bucket=bucket: bucket)
         texts.append(generator.generate(PROMPT, max_tokens=30, sampling=sampling).token_ids)
     assert len(set(texts)) == 1
 
@@ -53,16 +52,16 @@ def test_buckets_are_powers_of_two_up_to_the_capacity():
 
 def test_prompts_of_one_bucket_compile_once(model, tokenizer, monkeypatch):
     traces = []
-    for name in ("_prefill", "_step"):
-        original = getattr(generate_module, name)
+    for name in ("prefill", "step"):
+        original = getattr(steps, name)
 
         def counted(*arguments, _original=original, _name=name, **named):
             traces.append(_name)
             return _original(*arguments, **named)
 
-        # The wrapper must keep the parameter names: the cache is donated by name.
+        # The wrapper must keep the parameter names: the state is donated by name.
         counted.__signature__ = inspect.signature(original)
-        monkeypatch.setattr(generate_module, name, counted)
+        monkeypatch.setattr(steps, name, counted)
     generator = TextGenerator(model, tokenizer)
     for prompt, sampling in (
         ([1, 2, 3], SamplingConfig()),
@@ -70,9 +69,9 @@ def test_prompts_of_one_bucket_compile_once(model, tokenizer, monkeypatch):
         ([4] * 16, SamplingConfig(temperature=0.3, min_p=0.1)),
     ):
         generator.generate(prompt, max_tokens=5, sampling=sampling)
-    assert sorted(traces) == ["_prefill", "_step"]
+    assert sorted(traces) == ["prefill", "step"]
     generator.generate([4] * 17, max_tokens=5)
-    assert sorted(traces) == ["_prefill", "_prefill", "_step"]
+    assert sorted(traces) == ["prefill", "prefill", "step"]
 
 
 def test_stop_tokens_end_the_text_and_are_not_shown(generator, monkeypatch):
@@ -105,23 +104,23 @@ def test_pieces_stream_and_join_to_the_text(generator, tokenizer):
 
 
 def test_text_comes_before_the_last_step(generator, monkeypatch):
-    steps = []
+    calls = []
     step = generator._step
 
     class Counting:
         lower = staticmethod(step.lower)
 
         def __call__(self, *arguments):
-            steps.append(None)
+            calls.append(None)
             return step(*arguments)
 
     monkeypatch.setattr(generator, "_step", Counting())
     stream = generator.stream(PROMPT, max_tokens=20)
     next(stream)
-    early = len(steps)
+    early = len(calls)
     assert len([*stream]) > 3
     assert early < 10
-    assert len(steps) == 19
+    assert len(calls) == 19
 
 
 def test_seeds_decide_the_text(generator):
