@@ -5,10 +5,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.decode_step.launch import Refs, launch
 from pallas_kernels.decode_step.product import WIDTH, plane_columns, starts
 from pallas_kernels.svsk_matmul.layout import ceil_div
 from pallas_kernels.svsk_matmul.triton_layout import PLANE
@@ -19,7 +19,7 @@ POSITIONS = 64
 """Positions that a program takes at a time."""
 ROWS = 16
 """Queries of a program, the least that a tensor-core product takes."""
-PROGRAMS = 256
+PROGRAMS = 128
 """Programs that fill a GPU."""
 MOST_SPLITS = 32
 NOTHING = -1e30
@@ -32,77 +32,65 @@ def splits_of(capacity: int, programs: int) -> int:
     return max(1, min(most, 1 << max(0, (PROGRAMS // programs).bit_length() - 1)))
 
 
-def _attend(
-    queries_ref,
-    keys_ref,
-    values_ref,
-    lengths_ref,
-    sums_ref,
-    most_ref,
-    weight_ref,
-    *,
-    splits: int,
-    window: int,
-):
-    head, split, item = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    per_key = queries_ref.shape[1] // keys_ref.shape[2]
-    dim = keys_ref.shape[3]
+def _attend(ref: Refs, program: jax.Array, item: jax.Array, *, splits: int, window: int) -> None:
+    head, split = lax.div(program, jnp.int32(splits)), lax.rem(program, jnp.int32(splits))
+    per_key = ref["queries"].shape[1] // ref["keys"].shape[2]
+    dim = ref["keys"].shape[3]
     row = lax.broadcasted_iota(jnp.int32, (ROWS, dim), 0)
     lane = lax.broadcasted_iota(jnp.int32, (ROWS, dim), 1)
     query = head * per_key + row
-    q = plgpu.load(queries_ref.at[item, query, lane], mask=row < per_key, other=0)
-    stop = jnp.minimum(plgpu.load(lengths_ref.at[item]) + 1, keys_ref.shape[1])
+    q = plgpu.load(ref["queries"].at[item, query, lane], mask=row < per_key, other=0)
+    stop = jnp.minimum(plgpu.load(ref["lengths"].at[item]) + 1, ref["keys"].shape[1])
     start = jnp.maximum(stop - window, 0)
     size = POSITIONS * lax.div(stop - start + (POSITIONS * splits - 1), jnp.int32(POSITIONS * splits))
     start += split * size
     stop = jnp.minimum(start + size, stop)
 
-    def block(ref, position):
+    def block(name, position):
         index = position + lax.broadcasted_iota(jnp.int32, (POSITIONS, dim), 0)
         column = lax.broadcasted_iota(jnp.int32, (POSITIONS, dim), 1)
-        return plgpu.load(ref.at[item, index, head, column], mask=index < stop, other=0)
+        return plgpu.load(ref[name].at[item, index, head, column], mask=index < stop, other=0)
 
     def some(i, carry):
         total, most, weight = carry
         position = start + i * POSITIONS
-        score = plgpu.dot(q, block(keys_ref, position).T) * jnp.float32(dim**-0.5)
+        score = plgpu.dot(q, block("keys", position).T) * jnp.float32(dim**-0.5)
         inside = position + lax.broadcasted_iota(jnp.int32, score.shape, 1) < stop
         score = jnp.where(inside, score, NOTHING)
         larger = jnp.maximum(most, jnp.max(score, axis=1))
         p = jnp.where(inside, jnp.exp(score - larger[:, None]), 0.0)
         shrink = jnp.exp(most - larger)
-        values = block(values_ref, position)
+        values = block("values", position)
         total = total * shrink[:, None] + plgpu.dot(p.astype(values.dtype), values)
         return total, larger, weight * shrink + jnp.sum(p, axis=1)
 
     blocks = lax.div(jnp.maximum(stop - start, 0) + (POSITIONS - 1), jnp.int32(POSITIONS))
     empty = jnp.zeros((ROWS, dim), jnp.float32), jnp.full((ROWS,), NOTHING), jnp.zeros((ROWS,), jnp.float32)
     total, most, weight = lax.fori_loop(0, blocks, some, empty)
-    plgpu.store(sums_ref.at[item, query, split, lane], total, mask=row < per_key)
+    plgpu.store(ref["sums"].at[item, query, split, lane], total, mask=row < per_key)
     one = lax.broadcasted_iota(jnp.int32, (ROWS,), 0)
-    for ref, value in ((most_ref, most), (weight_ref, weight)):
-        plgpu.store(ref.at[item, head * per_key + one, split], value, mask=one < per_key)
+    for name, value in (("most", most), ("weight", weight)):
+        plgpu.store(ref[name].at[item, head * per_key + one, split], value, mask=one < per_key)
 
 
-def _join(sums_ref, most_ref, weight_ref, values_ref, unit_ref, *, group: int | None):
-    superblock, item = pl.program_id(0), pl.program_id(1)
-    _, heads, splits, dim = sums_ref.shape
+def _join(ref: Refs, superblock: jax.Array, item: jax.Array, *, group: int | None) -> None:
+    _, heads, splits, dim = ref["sums"].shape
     first = starts(superblock * WIDTH, PLANES, PLANE)
     head, inside = lax.div(first, jnp.int32(dim)), first < heads * dim
     split = lax.broadcasted_iota(jnp.int32, (PLANES, splits), 1)
     per_split = (item, jnp.broadcast_to(head, split.shape), split)
     inside_split = jnp.broadcast_to(inside, split.shape)
-    most = plgpu.load(most_ref.at[per_split], mask=inside_split, other=NOTHING)
-    weight = plgpu.load(weight_ref.at[per_split], mask=inside_split, other=0.0)
+    most = plgpu.load(ref["most"].at[per_split], mask=inside_split, other=NOTHING)
+    weight = plgpu.load(ref["weight"].at[per_split], mask=inside_split, other=0.0)
     factor = jnp.exp(most - jnp.max(most, axis=1)[:, None])
     factor /= jnp.maximum(jnp.sum(factor * weight, axis=1), 1e-30)[:, None]
     shape = (PLANES, splits, PLANE)
     lane = lax.rem(first, jnp.int32(dim))[:, :, None] + lax.broadcasted_iota(jnp.int32, shape, 2)
     index = (item, jnp.broadcast_to(head[:, :, None], shape), lax.broadcasted_iota(jnp.int32, shape, 1), lane)
     mask = jnp.broadcast_to(inside[:, :, None], shape)
-    total = jnp.sum(plgpu.load(sums_ref.at[index], mask=mask, other=0.0) * factor[:, :, None], axis=1)
+    total = jnp.sum(plgpu.load(ref["sums"].at[index], mask=mask, other=0.0) * factor[:, :, None], axis=1)
     total = jnp.where(plane_columns(superblock) < heads * dim, total, 0.0)
-    store_superblock(values_ref, unit_ref, item, superblock, total, group)
+    store_superblock(ref["values"], ref["unit"], item, superblock, total, group)
 
 
 @partial(jax.jit, static_argnames=("window", "group", "interpret"))
@@ -130,21 +118,31 @@ def attend(
     capacity, num_keys = keys.shape[1:3]
     splits = splits_of(capacity, num_keys * m)
     per_split = jax.ShapeDtypeStruct((m, heads, splits), jnp.float32)
-    parts = pl.pallas_call(
+    parts = {
+        "sums": jax.ShapeDtypeStruct((m, heads, splits, dim), jnp.float32),
+        "most": per_split,
+        "weight": per_split,
+    }
+    found = launch(
         partial(_attend, splits=splits, window=capacity + 1 if window is None else window),
-        grid=(num_keys, splits, m),
-        out_shape=(jax.ShapeDtypeStruct((m, heads, splits, dim), jnp.float32), per_split, per_split),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        ATTEND,
+        {"queries": queries, "keys": keys, "values": values, "lengths": lengths},
+        parts,
+        programs=num_keys * splits,
+        rows=m,
+        warps=4,
+        stages=2,
         interpret=interpret,
-        name=ATTEND,
-    )(queries, keys, values, lengths)
+    )
     superblocks = ceil_div(heads * dim, WIDTH)
-    small, unit = pl.pallas_call(
+    small, unit = launch(
         partial(_join, group=group),
-        grid=(superblocks, m),
-        out_shape=list(abstract_prepared(m, superblocks, spread=group is not None)),
-        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=1),
+        JOIN,
+        dict(zip(parts, found, strict=True)),
+        abstract_prepared(m, superblocks, spread=group is not None)._asdict(),
+        programs=superblocks,
+        rows=m,
+        warps=8,
         interpret=interpret,
-        name=JOIN,
-    )(*parts)
+    )
     return Prepared(small, unit)

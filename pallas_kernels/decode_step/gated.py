@@ -4,9 +4,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
+from jax import lax
 
+from pallas_kernels.decode_step.launch import Refs, launch
 from pallas_kernels.decode_step.product import (
     PLANES,
     WIDTH,
@@ -16,7 +16,6 @@ from pallas_kernels.decode_step.product import (
     finished,
     inverse_rms,
     plane_columns,
-    starts,
 )
 from pallas_kernels.svsk_matmul.layout import ceil_div
 from pallas_kernels.svsk_matmul.triton_layout import PLANE, padded
@@ -26,17 +25,27 @@ NAME = "svsk_gated"
 WARPS = 8
 
 
-def _kernel(*refs, names: tuple[str, ...], product: Product, columns: int, eps: float, group: int | None):
-    ref = dict(zip(names, refs, strict=True))
-    superblock, item = pl.program_id(0), pl.program_id(1)
+def _work(
+    ref: Refs,
+    superblock: jax.Array,
+    item: jax.Array,
+    *,
+    product: Product,
+    columns: int,
+    eps: float,
+    group: int | None,
+) -> None:
     width = product.weight.rows[0]
     column = plane_columns(superblock)
     inside = column < width
     norm = inverse_rms(ref["squares"], item, columns, eps)
-    # Beyond the gate's padded rows lie the first of up; what is read of them is masked below.
-    first = starts(superblock * WIDTH, PLANES, PLANE)
-    gate = finished(ref, product, item, first, PLANE) * norm
-    up = finished(ref, product, item, first + padded(width), PLANE) * norm
+    # Gate and up at once, 4 blocks of 64 rows each. Beyond the gate's padded rows lie the first of up: what
+    # is read of them is masked below.
+    block = lax.broadcasted_iota(jnp.int32, (2 * PLANES, 1), 0)
+    first = superblock * WIDTH + (block % PLANES) * PLANE + (block // PLANES) * padded(width)
+    both = finished(ref, product, item, first, PLANE).reshape(2, PLANES, PLANE) * norm
+    is_up = lax.broadcasted_iota(jnp.int32, both.shape, 0) == 1
+    gate, up = jnp.sum(jnp.where(is_up, 0.0, both), axis=0), jnp.sum(jnp.where(is_up, both, 0.0), axis=0)
     gate, up = biased(ref, gate, column, inside), biased(ref, up, width + column, inside)
     hidden = jnp.where(inside, gate * up / (1 + jnp.exp(-gate)), 0.0)
     store_superblock(ref["values"], ref["unit"], item, superblock, hidden, group)
@@ -66,19 +75,14 @@ def finish_gated(
     superblocks = ceil_div(product.weight.rows[0], WIDTH)
     operands = {"squares": squares, **product.operands}
     shapes = abstract_prepared(m, superblocks, spread=group is not None)._asdict()
-    values, unit = pl.pallas_call(
-        partial(
-            _kernel,
-            names=(*operands, *shapes),
-            product=abstract(product),
-            columns=columns,
-            eps=eps,
-            group=group,
-        ),
-        grid=(superblocks, m),
-        out_shape=list(shapes.values()),
-        compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
+    values, unit = launch(
+        partial(_work, product=abstract(product), columns=columns, eps=eps, group=group),
+        NAME,
+        operands,
+        shapes,
+        programs=superblocks,
+        rows=m,
+        warps=WARPS,
         interpret=interpret,
-        name=NAME,
-    )(*operands.values())
+    )
     return Prepared(values, unit)

@@ -11,6 +11,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.decode_step.launch import Refs, launch
 from pallas_kernels.decode_step.product import Product, abstract, biased, finished, inverse_rms, starts
 
 NAME = "svsk_heads"
@@ -27,9 +28,9 @@ class Heads(NamedTuple):
     dim: int
 
 
-def _kernel(*refs, names: tuple[str, ...], product: Product, heads: Heads, columns: int, eps: float):
-    ref = dict(zip(names, refs, strict=True))
-    head, item = pl.program_id(0), pl.program_id(1)
+def _work(
+    ref: Refs, head: jax.Array, item: jax.Array, *, product: Product, heads: Heads, columns: int, eps: float
+) -> None:
     half = heads.dim // 2
     norm = inverse_rms(ref["squares"], item, columns, eps)
     first = starts(head * heads.dim, 2, half)
@@ -108,19 +109,15 @@ def finish_heads(
         "new_keys": jax.ShapeDtypeStruct(keys.shape, keys.dtype),
         "new_values": jax.ShapeDtypeStruct(values.shape, values.dtype),
     }
-    return pl.pallas_call(
-        partial(
-            _kernel,
-            names=(*operands, *shapes),
-            product=abstract(product),
-            heads=heads,
-            columns=columns,
-            eps=eps,
-        ),
-        grid=(heads.queries + 2 * heads.keys, m),
-        out_shape=tuple(shapes.values()),
-        input_output_aliases={len(operands) - 2: 1, len(operands) - 1: 2},
-        compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
+    queries, keys, values = launch(
+        partial(_work, product=abstract(product), heads=heads, columns=columns, eps=eps),
+        NAME,
+        operands,
+        shapes,
+        programs=heads.queries + 2 * heads.keys,
+        rows=m,
+        warps=WARPS,
+        in_place={"keys": "new_keys", "values": "new_values"},
         interpret=interpret,
-        name=NAME,
-    )(*operands.values())
+    )
+    return queries, keys, values

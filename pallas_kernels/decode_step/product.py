@@ -1,7 +1,6 @@
 """An unfinished product y = x Ŵᵀ of a decode step, and what the kernels that finish it share."""
 
 import dataclasses
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.decode_step.launch import Refs
 from pallas_kernels.svsk_matmul import triton_decode, triton_rows
 from pallas_kernels.svsk_matmul.triton_layout import PLANE, ROW_UNIT, TritonWeight
 from pallas_kernels.svsk_matmul.triton_prepare import PLANES, Prepared
@@ -90,9 +90,7 @@ def inverse_rms(ref: Any, item: jax.Array, columns: int, eps: float) -> jax.Arra
     return lax.rsqrt(jnp.sum(squares) / columns + eps)
 
 
-def finished(
-    ref: Mapping[str, Any], product: Product, item: jax.Array, start: jax.Array, width: int
-) -> jax.Array:
+def finished(ref: Refs, product: Product, item: jax.Array, start: jax.Array, width: int) -> jax.Array:
     """Within a kernel: rows of y of one row of x, without bias, f32 [h, width].
 
     Args:
@@ -122,14 +120,14 @@ def finished(
         plgpu.load(ref["ranges"].at[unit, jnp.int32(i)], mask=alive, other=0) for i in range(3)
     )
     shape = (height, width, RANKS)
-    u_row = (below[:, :, None] + lax.broadcasted_iota(jnp.int32, shape, 1)) * count[:, :, None]
+    u_row = below[:, :, None] + lax.broadcasted_iota(jnp.int32, shape, 1)
     u_rank = lax.broadcasted_iota(jnp.int32, shape, 2)
     rank = lax.broadcasted_iota(jnp.int32, (height, RANKS), 1)
 
     def some(i, y):
         here = i * RANKS
         mask = here + u_rank < count[:, :, None]
-        u = plgpu.load(ref["u"].at[begin[:, :, None] + u_row + here + u_rank], mask=mask, other=0)
+        u = plgpu.load(ref["u"].at[begin[:, :, None] + here + u_rank, u_row], mask=mask, other=0)
         inside = here + rank < count
         scale = plgpu.load(ref["v_scale"].at[first + here + rank], mask=inside, other=0.0)
         t = summed(padded_rows + first + here + rank, inside) * scale
@@ -138,9 +136,7 @@ def finished(
     return lax.fori_loop(0, lax.div(jnp.max(count) + (RANKS - 1), jnp.int32(RANKS)), some, y)
 
 
-def biased(
-    ref: Mapping[str, Any], y: jax.Array, column: jax.Array, mask: jax.Array | None = None
-) -> jax.Array:
+def biased(ref: Refs, y: jax.Array, column: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """Within a kernel: y with the bias at columns, if there is one."""
     if "bias" not in ref:
         return y

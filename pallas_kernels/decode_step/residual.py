@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
+from pallas_kernels.decode_step.launch import Refs, launch
 from pallas_kernels.decode_step.product import (
     PLANES,
     WIDTH,
@@ -39,9 +40,9 @@ class Residual(NamedTuple):
     what is made of it: W (x · scale) / rms = W norm(x)."""
 
 
-def _kernel(*refs, names: tuple[str, ...], product: Product | None, group: int | None):
-    ref = dict(zip(names, refs, strict=True))
-    superblock, row = pl.program_id(0), pl.program_id(1)
+def _work(
+    ref: Refs, superblock: jax.Array, row: jax.Array, *, product: Product | None, group: int | None
+) -> None:
     tokens, columns = ref["x"].shape
     # Rows that only fill up the next product's batch are zero.
     item = jnp.minimum(row, tokens - 1)
@@ -90,17 +91,14 @@ def finish_residual(
         "squares": jax.ShapeDtypeStruct((m, superblocks), jnp.float32),
         **abstract_prepared(rows, superblocks, spread=group is not None)._asdict(),
     }
-    out, squares, values, unit = pl.pallas_call(
-        partial(
-            _kernel,
-            names=(*operands, *shapes),
-            product=None if product is None else abstract(product),
-            group=group,
-        ),
-        grid=(superblocks, rows),
-        out_shape=list(shapes.values()),
-        compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
+    out, squares, values, unit = launch(
+        partial(_work, product=None if product is None else abstract(product), group=group),
+        NAME,
+        operands,
+        shapes,
+        programs=superblocks,
+        rows=rows,
+        warps=WARPS,
         interpret=interpret,
-        name=NAME,
-    )(*operands.values())
+    )
     return Residual(x=out, squares=squares, scaled=Prepared(values, unit))

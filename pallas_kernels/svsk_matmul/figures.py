@@ -47,7 +47,7 @@ class Figures:
 def abstract_weight(
     n: int, k: int, *, group: int = 16, companded: bool = True, rank: int = 16
 ) -> TritonWeight:
-    """Shapes of a weight laid out, with two-level scales and tiles of 256 rows of equal rank."""
+    """Shapes of a weight laid out, with two-level scales and tiles of 512 rows of equal rank."""
     make = partial(random_weight, n=n, k=k, group=group, companded=companded, rank=rank)
     return jax.eval_shape(lambda key: lay_out(make(key)), jax.random.key(0))
 

@@ -8,14 +8,15 @@ import jax.numpy as jnp
 from pallas_kernels.svsk_matmul.layout import ceil_div, packed_int6_bytes, tile_spans
 from pallas_kernels.svsk_matmul.types import INT8_GROUP, Int8Weight, Sidecar, SVSKWeight
 
-TILE_ROWS = 256
+TILE_ROWS = 512
+"""Rows of a sidecar's tile, those of the strong recipes."""
 
 
 @partial(jax.jit, static_argnames=("n", "k", "group", "companded", "rank"))
 def random_weight(
     key: jax.Array, n: int, k: int, *, group: int = 16, companded: bool = True, rank: int = 16
 ) -> SVSKWeight:
-    """An [n, k] weight with uniform codes and two-level scales, and in tiles of 256 rows a sidecar of equal
+    """An [n, k] weight with uniform codes and two-level scales, and in tiles of 512 rows a sidecar of equal
     rank; its elements are of the order of 1 / √k."""
     keys = iter(jax.random.split(key, 6))
     sidecar = None

@@ -38,7 +38,7 @@ def _one_row(*refs, names: tuple[str, ...], parts: int, rows: int):
 
         def some(i, y):
             here = i * RANKS
-            index = (*at, begin + u_row * count + here + u_rank)
+            index = (*at, begin + here + u_rank, u_row)
             u = plgpu.load(ref["u"].at[index], mask=here + u_rank < count, other=0).astype(jnp.float32)
             v_row, alive = first + here + rank, here + rank < count
             t = jnp.float32(0)
@@ -78,7 +78,7 @@ def _several_rows(*refs, names: tuple[str, ...], parts: int, rows: int):
 
         def some(i, y):
             here = i * RANKS
-            index = (*at, begin + u_row * count + here + u_rank)
+            index = (*at, begin + here + u_rank, u_row)
             u = plgpu.load(ref["u"].at[index], mask=here + u_rank < count, other=0).astype(jnp.float32)
             alive = here + rank < count
             scale = plgpu.load(ref["v_scale"].at[(*at, first + here + rank)], mask=alive, other=0.0)

@@ -42,9 +42,9 @@ class TritonWeight:
     - `v`: int16 [R, 128 B], the sidecars' V over the tiles of all weights, zero outside its columns, as
       `pack_byte_planes` writes it.
     - `v_scale`: f32 [R], the sidecars' scales / 2¹⁴.
-    - `u`: int8, for each 64 rows a matrix [64, count]; `ranges`: int32 [N / 64, 4], for each 64 rows the
-      first row of `v` that they need, the count of them, where their matrix begins in `u`, and how many rows
-      of `v` are not padding.
+    - `u`: int8 [S, 64], for each 64 rows a matrix Uᵀ of [count, 64], one below the other; `ranges`: int32
+      [N / 64, 4], for each 64 rows the first row of `v` that they need, the count of them, the first row of
+      their matrix in `u`, and how many rows of `v` are not padding.
 
     `super_scales` is None with flat scales, the last four without any sidecar.
 

@@ -56,5 +56,5 @@ def _dense_u(weight: TritonWeight) -> Float[Array, "n r"]:
     row = jnp.arange(weight.padded_rows) % ROW_UNIT
     column = jnp.arange(weight.v.shape[0]) - first[:, None]
     alive = (column >= 0) & (column < count[:, None])
-    index = jnp.where(alive, (begin + row * count)[:, None] + column, 0)
-    return jnp.where(alive, weight.u[index].astype(jnp.float32), 0.0) * weight.v_scale
+    index = jnp.where(alive, begin[:, None] + column, 0)
+    return jnp.where(alive, weight.u[index, row[:, None]].astype(jnp.float32), 0.0) * weight.v_scale

@@ -65,7 +65,7 @@ def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, asm: bool):
         def some(i, total):
             here = i * RANKS
             alive = here + u_rank < count
-            u = plgpu.load(ref["u"].at[(*at, begin + u_row * count + here + u_rank)], mask=alive, other=0)
+            u = plgpu.load(ref["u"].at[(*at, begin + here + u_rank, u_row)], mask=alive, other=0)
             scale = plgpu.load(ref["v_scale"].at[(*at, first + here + u_rank)], mask=alive, other=0.0)
             # A power of two takes the largest factor to 1 to 2, so that all fit f16.
             bits = lax.bitcast_convert_type(jnp.max(jnp.abs(scale)), jnp.int32) & 0x7F800000

@@ -11,15 +11,15 @@ from pallas_kernels.svsk_matmul.layout import ceil_div
 from pallas_kernels.svsk_matmul.types import SIDECAR_UNIT, Leaf, Sidecar
 
 V_UNIT = 64
-"""Rows of V are padded to a multiple of this, and U to a multiple of `U_UNIT` bytes for each row of the
-weight, so that the layers of a model differ in few shapes and their kernels are compiled once."""
+"""Rows of V are padded to a multiple of this, and those of U to a multiple of `U_UNIT` for each block of
+rows, so that the layers of a model differ in few shapes and their kernels are compiled once."""
 U_UNIT = 2
 
 
 def gather_sidecars(
     sidecars: Sequence[Sidecar | None], rows: Sequence[int], columns: int, row_unit: int
 ) -> tuple[Leaf, Leaf, Leaf, Leaf] | None:
-    """V int8 [R, columns], its scales / 2¹⁴ f32 [R], U int8 and `ranges` int32 as `TritonWeight` describes
+    """V int8 [R, columns], its scales / 2¹⁴ f32 [R], Uᵀ int8 and `ranges` int32 as `TritonWeight` describes
     them, or None if no sidecar has a rank. Concrete factors are gathered on the host: every layer has ranks
     of its own, and a compiled gather would serve one layer.
 
@@ -35,7 +35,7 @@ def gather_sidecars(
     sizes = np.cumsum([0, *(each.v.shape[0] for each in present)])
     u_sizes = np.cumsum([0, *(each.u.shape[0] for each in present)])
     v_index, u_index, ranges = [], [], []
-    v_rows = u_size = at = 0
+    v_rows = u_rows = at = 0
     for sidecar, n in zip(sidecars, rows, strict=True):
         part = np.zeros((ceil_div(n, row_unit), 4), np.int32)
         ranges.append(part)
@@ -44,18 +44,18 @@ def gather_sidecars(
         first, v_places = _v_places(sidecar, columns)
         v_index.append(np.where(v_places >= 0, v_places + sizes[at], sizes[-1]))
         for block, (low, high, places) in enumerate(_u_places(sidecar, first, row_unit)):
-            u_index.append(np.where(places >= 0, places + u_sizes[at], u_sizes[-1]).reshape(-1))
-            part[block, :3] = v_rows + low, high - low, u_size
-            u_size += row_unit * (high - low)
+            u_index.append(np.where(places >= 0, places + u_sizes[at], u_sizes[-1]).T)
+            part[block, :3] = v_rows + low, high - low, u_rows
+            u_rows += high - low
         v_rows += first[-1]
         at += 1
     ranged = np.concatenate(ranges)
     ranged[:, 3] = v_rows
     v_padded = V_UNIT * ceil_div(v_rows, V_UNIT)
-    u_unit = U_UNIT * row_unit * len(ranged)
-    u_padded = u_unit * ceil_div(u_size, u_unit)
+    u_unit = U_UNIT * len(ranged)
+    u_padded = u_unit * ceil_div(u_rows, u_unit)
     v_flat = np.pad(np.concatenate(v_index), ((0, v_padded - v_rows), (0, 0)), constant_values=sizes[-1])
-    u_flat = np.pad(np.concatenate(u_index), (0, u_padded - u_size), constant_values=u_sizes[-1])
+    u_flat = np.pad(np.concatenate(u_index), ((0, u_padded - u_rows), (0, 0)), constant_values=u_sizes[-1])
     traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(present))
     xp = jnp if traced else np
 

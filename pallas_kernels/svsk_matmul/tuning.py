@@ -12,8 +12,8 @@ from pallas_kernels.svsk_matmul.triton_layout import SUPERBLOCK, TritonWeight, p
 
 FUSED_LIMIT = 384
 """Rows of x from which the weight is restored first (`docs/decisions/0004-kernels.md`)."""
-WAVE = 700
-"""Programs that a launch wants at least, to fill a large GPU."""
+WAVE = 1000
+"""Programs of two warps that a launch wants at least, to fill a large GPU."""
 TABLES = Path(__file__).parent / "tuned"
 """A table for each kind of device, as `svsk tune-kernels` writes it."""
 FOLDER_VARIABLE = "SVSK_TUNED_KERNELS"
@@ -100,34 +100,37 @@ def heuristic(weight: TritonWeight, m: int) -> Blocks:
     """A configuration for m rows of x on the device that code is traced for: what the search on an H100 found
     for most shapes."""
     if m == 1:
-        # Small matrices fill the GPU only with short sums.
-        most = 2 if weight.superblocks > 8 or weight.padded_rows > 8192 else 1
-        pair = most if weight.superblocks % most == 0 else 1
         # With groups of 32 the fewer instructions of taller programs fit the registers.
         rows = 64 if weight.group == 32 and weight.padded_rows > 8192 else 32
-        return Blocks(rows=rows, superblocks=pair, warps=2, stages=2 if most > 1 else 3)
+        superblocks = _longest_sum(weight, weight.padded_rows // rows, WAVE)
+        return Blocks(rows=rows, superblocks=superblocks, warps=2, stages=2 if superblocks > 1 else 3)
     batch = batch_of(m)
-    rows, warps = (64, 2) if batch == 16 and weight.group == 32 else (32, 2)
+    rows, warps = (32, 2) if batch == 8 else (64, 4)
     if batch > 16:
         wide = all(padded(each) % 128 == 0 for each in weight.rows)
         # Hopper multiplies in groups of four warps; elsewhere sums of four warps overflow the registers.
         rows, warps = (128, 4 if is_hopper(target_device()) else 8) if wide else (64, 4)
     programs = weight.padded_rows // rows * ceil_div(m, batch)
+    superblocks = _longest_sum(weight, programs, WAVE * 2 // 3 if warps == 2 else WAVE // 3)
+    return Blocks(rows=rows, superblocks=superblocks, warps=warps, batch=batch)
+
+
+def _longest_sum(weight: TritonWeight, programs: int, enough: int) -> int:
+    """Superblocks of a program, as many as leave enough programs, where each of `programs` is cut along K."""
     divisors = [d for d in range(weight.superblocks, 0, -1) if weight.superblocks % d == 0]
-    enough = [d for d in divisors if programs * (weight.superblocks // d) >= WAVE]
-    return Blocks(rows=rows, superblocks=enough[0] if enough else 1, warps=warps, batch=batch)
+    return next((d for d in divisors if programs * (weight.superblocks // d) >= enough), 1)
 
 
 def candidates(weight: TritonWeight, batch: int) -> list[Blocks]:
     """Configurations worth timing, the heuristic's first."""
-    cuts = {1: ((32, 2), (64, 2), (64, 4)), 8: ((32, 2), (64, 4)), 16: ((32, 2), (64, 2), (64, 4))}
+    cuts = {1: ((32, 2), (64, 2), (64, 4)), 8: ((32, 2), (64, 4)), 16: ((32, 2), (64, 4))}
     found = [heuristic(weight, batch)]
     for rows, warps in cuts.get(batch, ((64, 2), (64, 4), (128, 4))):
         for superblocks in (1, 2, 4, 8, 16):
-            for stages in (2, 3) if batch == 1 else (2,):
+            for stages in (2, 3):
                 blocks = Blocks(rows=rows, superblocks=superblocks, warps=warps, stages=stages, batch=batch)
                 programs = weight.padded_rows // rows * (weight.superblocks // superblocks)
-                few = superblocks > 1 and programs < WAVE // 4
+                few = superblocks > 1 and programs < WAVE // 5
                 if blocks not in found and not blocks.misfits(weight, batch) and not few:
                     found.append(blocks)
     return found

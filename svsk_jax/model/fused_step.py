@@ -81,7 +81,13 @@ def fused_step(
     new_keys, new_values = [], []
     for layer, layer_keys, layer_values in zip(layers, keys, values, strict=True):
         group = spread_group(layer.qkv, m)
-        stream = finish_residual(x, pending, layer.input_norm, group=group, interpret=interpret)
+        stream = finish_residual(
+            x,
+            pending,
+            layer.input_norm,
+            group=group,
+            interpret=interpret,
+        )
         qkv = product(stream.scaled, layer.qkv, layer.qkv_bias, interpret=interpret)
         queries, layer_keys, layer_values = finish_heads(
             qkv,
@@ -105,9 +111,16 @@ def fused_step(
         )
         o = product(mixed, layer.o, layer.o_bias, interpret=interpret)
         group = spread_group(layer.gate_up, m)
-        stream = finish_residual(stream.x, o, layer.mlp_norm, group=group, interpret=interpret)
+        stream = finish_residual(
+            stream.x,
+            o,
+            layer.mlp_norm,
+            group=group,
+            interpret=interpret,
+        )
         gate_up = product(stream.scaled, layer.gate_up, layer.gate_up_bias, interpret=interpret)
-        hidden = finish_gated(gate_up, stream.squares, group=spread_group(layer.down, m), **norm)
+        group = spread_group(layer.down, m)
+        hidden = finish_gated(gate_up, stream.squares, group=group, **norm)
         pending = product(hidden, layer.down, layer.down_bias, interpret=interpret)
         x = stream.x
         new_keys.append(layer_keys)
