@@ -100,6 +100,8 @@ def quantize(
     dtype = default_dtype() if dtype is None else dtype
     check_output(output, overwrite, MARKER)
     settings = config.config if isinstance(config, Plan) else config
+    if isinstance(config, Plan):
+        config.check_model(source.config)
     budget = predict(parameter_shapes(source.config), QUANTIZED_LINEARS, settings)
     require_space(output, budget.total_bytes)
     with tempfile.TemporaryDirectory(prefix=".statistics-", dir=_existing_parent(output)) as scratch:
@@ -112,6 +114,7 @@ def quantize(
             watch.seconds |= manifest["seconds"]
             watch.restart()
         statistics.check_model(source.fingerprint(), source.description)
+        statistics.check_layers(source.config)
         settings = within(settings, statistics)
         with writing(output, overwrite=overwrite) as writer:
             outer = source.outer(dtype)
