@@ -213,7 +213,7 @@ def _read_statistics(folder: Path) -> None:
 
 def _write_recipe(folder: Path) -> None:
     config = recipe("svsk-r16")
-    plan = Plan(recipe="tuned", config=config, tensors=fixed_plans(MemorySource(CONFIG), config))
+    plan = Plan(recipe="tuned", config=config, tensors=fixed_plans(CONFIG, config))
     plan.save(folder / "recipe.json", {"tuning": {"chosen": {"group": {"16": 7}}}})
 
 
