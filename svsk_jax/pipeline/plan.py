@@ -204,11 +204,11 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def fixed_plans(source: ModelSource, config: QuantConfig) -> dict[str, TensorPlan]:
+def fixed_plans(model: ModelConfig, config: QuantConfig) -> dict[str, TensorPlan]:
     """The plan of each linear when nothing is allocated: the first group size, `rank` in every tile."""
     plans = {}
     for name in QUANTIZED_LINEARS:
-        n, k = layer_shapes(source.config)[f"{name}.weight"]
+        n, k = layer_shapes(model)[f"{name}.weight"]
         rows, columns = tile_spans(n, config.tile.rows), tile_spans(k, config.tile.columns)
         plan = TensorPlan(
             group=config.groups[0],
@@ -216,7 +216,7 @@ def fixed_plans(source: ModelSource, config: QuantConfig) -> dict[str, TensorPla
             tile=config.tile,
             ranks=tuple(tuple(min(config.rank, b - a, d - c) for c, d in columns) for a, b in rows),
         )
-        plans |= {f"layers.{index}.{name}": plan for index in range(source.config.num_layers)}
+        plans |= {f"layers.{index}.{name}": plan for index in range(model.num_layers)}
     return plans
 
 
@@ -231,7 +231,7 @@ def plan_model(
 ) -> Plan:
     """Group size and ranks of every linear, by predicted nats per byte over the whole model."""
     if config.bits is None:
-        return Plan(recipe=recipe, config=config, tensors=fixed_plans(source, config))
+        return Plan(recipe=recipe, config=config, tensors=fixed_plans(source.config, config))
     options: dict[str, list[Option]] = {}
     layers = source.config.num_layers
     for index in range(layers):
