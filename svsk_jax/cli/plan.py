@@ -77,11 +77,12 @@ def _print(model: str, recipe: str, sizes: Sizes, found: Forecast, here: str) ->
     for layout, size in sizes.in_memory.items():
         table.add_row(f"in memory, {layout}", _gigabytes(size))
     table.add_row("statistics on disk", _gigabytes(found.statistics_bytes))
-    table.add_row("calibrate", _stage(found.calibrate_seconds, found.calibrate_bytes))
+    where = "memory" if found.whole_process else "arrays"
+    table.add_row("calibrate", _stage(found.calibrate_seconds, found.calibrate_bytes, where))
     both = None
     if found.plan_seconds is not None and found.quantize_seconds is not None:
         both = found.plan_seconds + found.quantize_seconds
-    table.add_row("quantize", _stage(both, found.quantize_bytes))
+    table.add_row("quantize", _stage(both, found.quantize_bytes, where))
     console.print(table)
     if found.costs_of is None:
         console.print(
@@ -91,12 +92,12 @@ def _print(model: str, recipe: str, sizes: Sizes, found: Forecast, here: str) ->
     else:
         console.print(
             f"times are an estimate: extrapolated from costs measured on {found.costs_of}; this machine is "
-            f"{here}. Sizes follow from the shapes"
+            f"{here}. Sizes on disk follow from the shapes"
         )
 
 
-def _stage(seconds: float | None, size: int) -> str:
-    return f"about {_duration(seconds)}, {_gigabytes(size)} of memory"
+def _stage(seconds: float | None, size: int, where: str) -> str:
+    return f"{_duration(seconds)}, {_gigabytes(size)} of {where}"
 
 
 def _gigabytes(size: int) -> str:
@@ -105,5 +106,5 @@ def _gigabytes(size: int) -> str:
 
 def _duration(seconds: float | None) -> str:
     if seconds is None:
-        return "an unknown time"
-    return f"{seconds:,.0f} s" if seconds < 600 else f"{seconds / 3600:,.1f} hours"
+        return "time unknown"
+    return f"about {seconds:,.0f} s" if seconds < 600 else f"about {seconds / 3600:,.1f} hours"

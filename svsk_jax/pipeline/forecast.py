@@ -28,9 +28,11 @@ class Forecast:
     plan_seconds: float | None
     quantize_seconds: float | None
     calibrate_bytes: int
-    """Largest memory of the process while it calibrates; of its arrays where no process was measured."""
+    """Largest memory while it calibrates."""
     quantize_bytes: int
     """Likewise while it quantizes; without polish."""
+    whole_process: bool
+    """Whether memory is the process's, with Python, JAX and compiled programs; else its arrays' alone."""
     statistics_bytes: int
     """On disk."""
     costs_of: str | None
@@ -99,8 +101,8 @@ def forecast(
         quantize = found["quantize_seconds"]
         plan = found["plan_seconds"] if config.bits is not None else 0.0
     used = (linears if strong else None) or classic
-    beside = 0
-    if process := costs.get("process"):
+    process, beside = costs.get("process"), 0
+    if process is not None:
         beside = int(process["peak_mb"] * 1e6) - _quantize_bytes(KNOWN[process["model"]])
     return Forecast(
         calibrate_seconds=calibrate,
@@ -108,6 +110,7 @@ def forecast(
         quantize_seconds=quantize,
         calibrate_bytes=beside + _calibrate_bytes(model, config, calibration),
         quantize_bytes=beside + _quantize_bytes(model),
+        whole_process=process is not None,
         statistics_bytes=statistics_bytes(model, _measured_for(config, calibration)),
         costs_of=None if used is None else f"{used['machine']}, {used['date']}",
     )

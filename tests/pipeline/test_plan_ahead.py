@@ -146,6 +146,7 @@ def test_the_measured_run_is_estimated_as_measured():
     more = forecast(model, recipe("classic-r16"), dataclasses.replace(pass_, chunks=256), costs)
     assert more.calibrate_seconds == pytest.approx(2 * costs["classic"]["seconds"]["calibrate"])
     strong = forecast(model, recipe("svsk-r16"), CalibrationConfig(), costs)
+    assert strong.whole_process
     assert strong.quantize_bytes == pytest.approx(costs["process"]["peak_mb"] * 1e6, abs=1)
 
 
@@ -153,6 +154,7 @@ def test_without_costs_times_are_unknown(tmp_path):
     assert measured_costs("a platform without a file") == {}
     found = forecast(KNOWN["Qwen3-4B"], recipe("svsk-r16"), CalibrationConfig(), {})
     assert (found.calibrate_seconds, found.quantize_seconds, found.costs_of) == (None, None, None)
+    assert not found.whole_process
     assert found.quantize_bytes > 0
     for content in ("{", "{}", '{"measured": [{"shape": [1]}]}', '{"measured": [3]}'):
         (tmp_path / "costs.json").write_text(content)
