@@ -97,6 +97,8 @@ def checked(value: Any, annotation: Any, name: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{name}: expected a list, found {shown(value)}")
+        if arguments[-1] is Ellipsis and _are_all(arguments[0], value):
+            return tuple(value)
         each = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
         if len(each) != len(value):
             raise ValueError(f"{name}: expected {len(each)} values, found {shown(value)}")
@@ -105,6 +107,11 @@ def checked(value: Any, annotation: Any, name: str) -> Any:
             for index, (item, kind) in enumerate(zip(value, each, strict=True))
         )
     return _scalar(value, annotation, name)
+
+
+def _are_all(kind: Any, values: Any) -> bool:
+    """Whether all are of this scalar type, told in one pass: vocabularies are long."""
+    return set(map(type, values)) == {kind} and (kind is not float or all(map(math.isfinite, values)))
 
 
 def _scalar(value: Any, kind: Any, name: str) -> Any:
