@@ -43,7 +43,10 @@ class Checkpoint:
             raise ValueError(
                 f"{self.description}: no parameter {path!r}; known are {', '.join(self.sources)}"
             )
-        value = source.tensor.to_numpy(dtype)
+        try:
+            value = source.tensor.to_numpy(dtype)
+        except ValueError as error:
+            raise ValueError(f"{self.description}: {error}") from error
         return value if source.heads is None else undo_permutation(value, source.heads)
 
     def outer(self, dtype: DTypeLike) -> dict[str, np.ndarray]:

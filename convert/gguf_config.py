@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from convert.tensors import RawTensor
+from svsk_jax.json_data import checked
 from svsk_jax.model.config import Architecture, ModelConfig, RopeScaling
 
 ARCHITECTURES: dict[str, Architecture] = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -21,8 +22,32 @@ END_OF_TURN = {
     "<|end_of_turn|>",
     "</s>",
 }
+TYPES: dict[str, Any] = {
+    "general.architecture": str,
+    "tokenizer.chat_template": str,
+    "tokenizer.ggml.model": str,
+    "tokenizer.ggml.pre": str,
+    "tokenizer.ggml.tokens": tuple[str, ...],
+    "tokenizer.ggml.token_type": tuple[int, ...],
+    "tokenizer.ggml.scores": tuple[float, ...],
+    "tokenizer.ggml.merges": tuple[str, ...],
+    **{f"tokenizer.ggml.{name}_token_id": int for name in ("bos", "eos", "eot", "eom", "unknown", "padding")},
+    **{f"tokenizer.ggml.{name}": bool for name in ("add_bos_token", "add_eos_token", "add_space_prefix")},
+}
+"""Of the metadata that are read, beside the architecture's own."""
+NUMBERS = ("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.scaling.factor", "rope.scale_linear")
+"""Of the architecture's own, those that need not be whole."""
 CONTROL = 3
 """Entry of `tokenizer.ggml.token_type` for tokens that are markup, never text."""
+
+
+def check_metadata(metadata: Mapping[str, Any]) -> None:
+    """ValueError, naming the key, where a value is not of the type that the specification gives it."""
+    architecture = metadata.get("general.architecture")
+    numbers = {f"{architecture}.{name}": float for name in NUMBERS}
+    for key, annotation in (TYPES | numbers).items():
+        if key in metadata:
+            checked(metadata[key], annotation, key)
 
 
 def read_config(metadata: Mapping[str, Any], tensors: Iterable[RawTensor]) -> ModelConfig:
@@ -43,11 +68,11 @@ def read_config(metadata: Mapping[str, Any], tensors: Iterable[RawTensor]) -> Mo
 
     def size(key: str, default: int | None = None) -> int:
         value = get(key, default)
-        if isinstance(value, list) and value and len(set(value)) == 1:
+        if isinstance(value, list) and value and value.count(value[0]) == len(value):
             value = value[0]
         if isinstance(value, list):
             raise NotImplementedError(f"{source}.{key}: layers of different sizes are not supported")
-        if not isinstance(value, int):
+        if type(value) is not int:
             raise ValueError(f"{source}.{key}: expected an integer, found {value!r}; is the file complete?")
         return value
 
@@ -85,7 +110,7 @@ def read_config(metadata: Mapping[str, Any], tensors: Iterable[RawTensor]) -> Mo
         qkv_bias=qkv_bias,
         o_bias=o_bias,
         mlp_bias="blk.0.ffn_down.bias" in named,
-        sliding_window=window or None,
+        sliding_window=size("attention.sliding_window") if window else None,
     )
 
 

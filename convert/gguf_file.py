@@ -105,11 +105,11 @@ def _parse(path: Path, cursor: _Cursor) -> GGUFFile:
     for _ in range(field_count):
         key = cursor.text()
         metadata[key] = cursor.value()
-    if metadata.get("split.count", 0) > 1:
+    if metadata.get("split.count", 0) not in (0, 1):
         raise ValueError("it is one part of a split file: merge the parts with `llama-gguf-split --merge`")
     entries = [_entry(cursor) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
+    if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
         raise ValueError(f"general.alignment must be a power of two, got {alignment!r}")
     origin = -(-cursor.offset // alignment) * alignment
     size = len(cursor.data)

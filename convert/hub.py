@@ -37,11 +37,19 @@ def fetch(model: str, revision: str | None) -> Path:
         ConnectionError: the hub cannot be reached and nothing is cached.
         ValueError: no such model or revision, no access, or offline by choice and nothing is cached.
     """
+    folder = _snapshot(model, revision, SMALL_FILES + SAFETENSORS)
+    return folder if any(folder.glob("*.safetensors")) else _snapshot(model, revision, SMALL_FILES + TORCH)
+
+
+def fetch_config(model: str, revision: str | None) -> Path:
+    """Like `fetch`, of config.json alone."""
+    return _snapshot(model, revision, ["config.json"])
+
+
+def _snapshot(model: str, revision: str | None, patterns: list[str]) -> Path:
     asked = model if revision is None else f"{model} at revision {revision!r}"
     try:
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=SMALL_FILES + SAFETENSORS))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(model, revision=revision, allow_patterns=SMALL_FILES + TORCH))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except GatedRepoError as error:
         raise ValueError(
             f"{asked}: access is gated; accept its terms on the hub, then run `hf auth login`"
@@ -62,7 +70,6 @@ def fetch(model: str, revision: str | None) -> Path:
         raise _unreachable(asked) from error
     except (HfHubHTTPError, OSError) as error:
         raise _unreachable(asked) from error
-    return folder
 
 
 def _unreachable(asked: str) -> ConnectionError:

@@ -1,22 +1,21 @@
 """Open a checkpoint wherever it is: a local folder or file, or a model on the hub."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from convert import hub
 from convert.checkpoint import Checkpoint
-from convert.gguf_config import generation_config, hf_config, read_config
+from convert.gguf_config import check_metadata, generation_config, hf_config, read_config
 from convert.gguf_file import read_gguf
 from convert.gguf_tokenizer import gguf_tokenizer
+from convert.hf_config import read_hf_config
 from convert.names import match_tensors
 from convert.safetensors_source import read_safetensors
 from convert.tensors import RawTensor
 from convert.torch_source import read_torch
-from svsk_jax.model.config import ModelConfig
+from svsk_jax.config_limits import check_config
+from svsk_jax.json_data import read_json_object, shown
+from svsk_jax.tokenizer_files import load_tokenizer
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -24,7 +23,9 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+AGAIN = "download it again"
+MAX_NAME = 255
+"""Of a file, in most file systems."""
 SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
 
 
@@ -70,7 +71,8 @@ def _open_path(path: Path, description: str) -> Checkpoint:
 def _open_gguf(path: Path, description: str) -> Checkpoint:
     file = read_gguf(path)
     try:
-        config = read_config(file.metadata, file.tensors)
+        check_metadata(file.metadata)
+        config = check_config(read_config(file.metadata, file.tensors), "its metadata")
     except (ValueError, NotImplementedError) as error:
         raise type(error)(f"{path}: {error}") from error
     permuted = file.metadata["general.architecture"] == "llama"
@@ -92,7 +94,7 @@ def _open_hf(path: Path, weights: Path, description: str) -> Checkpoint:
         raise ValueError(
             f"{folder}: no config.json beside {weights.name}; copy the model's config.json there"
         )
-    raw = _read_json(folder / "config.json")
+    raw = read_json_object(folder / "config.json", AGAIN)
     method = raw.get("quantization_config")
     if method:
         name = method.get("quant_method", "unknown method") if isinstance(method, Mapping) else method
@@ -101,7 +103,7 @@ def _open_hf(path: Path, weights: Path, description: str) -> Checkpoint:
             "convert from the unquantized one"
         )
     try:
-        config = ModelConfig.from_hf(raw)
+        config = read_hf_config(raw)
     except (ValueError, NotImplementedError) as error:
         raise type(error)(f"{folder}: {error}") from error
     expected = _read_index(weights) if weights.name.endswith(".index.json") else None
@@ -122,25 +124,15 @@ def _open_hf(path: Path, weights: Path, description: str) -> Checkpoint:
         files=tuple(files),
         config=config,
         hf_config=raw,
-        generation_config=_read_json(generation) if generation.is_file() else tokens,
+        generation_config=read_json_object(generation, AGAIN) if generation.is_file() else tokens,
         sources=match_tensors((tensor for _, tensor in placed), config, "hf", where=str(path)),
-        load_tokenizer=lambda: _hf_tokenizer(folder),
+        load_tokenizer=lambda: load_tokenizer(folder),
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); download it again") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(data).__name__}")
-    return data
 
 
 def _read_index(path: Path) -> dict[str, str]:
     """Shard file by tensor name; every shard lies in the index's own folder and is there."""
-    shards = _read_json(path).get("weight_map")
+    shards = read_json_object(path, AGAIN).get("weight_map")
     if (
         not isinstance(shards, dict)
         or not shards
@@ -149,9 +141,9 @@ def _read_index(path: Path) -> dict[str, str]:
         raise ValueError(f"{path}: expected an object under weight_map; download it again")
     for name in sorted(set(shards.values())):
         # A backslash is a separator on Windows only, and in no honest shard's name.
-        if Path(name).name != name or "\\" in name or name == "..":
+        if Path(name).name != name or "\\" in name or name == ".." or len(name) > MAX_NAME:
             raise ValueError(
-                f"{path}: shard {name!r} is not a file name in the same folder; do not trust this model"
+                f"{path}: shard {shown(name)} is not a file name in the same folder; do not trust this model"
             )
         if not (path.parent / name).is_file():
             raise ValueError(f"{path}: shard {name} is missing from {path.parent}; download it")
@@ -166,17 +158,3 @@ def _check_index(path: Path, expected: Mapping[str, str], placed: Iterable[tuple
         raise ValueError(
             f"{path}: its shards lack {len(lost)} tensors: {', '.join(lost[:20])}{more}; download them again"
         )
-
-
-def _hf_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise ValueError(
-            f"{folder}: no tokenizer; looked for {', '.join(TOKENIZER_FILES)}; copy the model's "
-            "tokenizer files there"
-        )
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers and tokenizers raise many kinds on damaged files
-        raise ValueError(
-            f"{folder}: the tokenizer cannot be loaded ({error}); download its files again"
-        ) from error

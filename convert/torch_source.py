@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from convert.tensors import RawTensor
+from svsk_jax.json_data import shown
 
 
 @dataclasses.dataclass
@@ -76,15 +77,20 @@ def _load(path: Path) -> Mapping[str, Any]:
             f"{path}: is corrupt, or holds more than tensors, which is refused because unpickling it can "
             "run any code; download it again or use a safetensors copy of the model"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # the unpickler and the archive raise many kinds on damaged files
         raise ValueError(f"{path}: truncated or corrupt PyTorch file ({error}); download it again") from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
     if not isinstance(state, Mapping):
         raise ValueError(f"{path}: expected a state dict of tensors, found {type(state).__name__}")
-    others = [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)]
-    if others:
-        raise ValueError(
-            f"{path}: expected a state dict of tensors, but {', '.join(others[:20])} are not tensors"
-        )
+    size = path.stat().st_size
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+            raise ValueError(f"{path}: expected a state dict of dense tensors, but {shown(name)} is not one")
+        # A stride of 0 makes a large tensor of a few bytes.
+        if value.device.type != "cpu" or value.numel() * value.element_size() > size:
+            raise ValueError(
+                f"{path}: tensor {shown(name)} of shape {list(value.shape)} does not fit in the file's "
+                f"{size} bytes; download it again"
+            )
     return state

@@ -2,62 +2,36 @@
 
 Of each class of linear (query, key, up, down) two sizes are quantized with random weights, moments and
 sensitivities, as the driver does it; a first run, which compiles, is left out. A cost is fitted as a sum of
-products of the sizes with coefficients of at least 0. The largest square is held out first, to see how
+products of the sizes (`svsk_jax.pipeline.costs`). The largest square is held out first, to see how
 far the fit can be trusted a step beyond its shapes; the estimates use all of them.
 
 Not in the estimates: compilation, reading, writing, calibration, polish.
 """
 
-import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.speed.models import CONFIGS
 from pallas_kernels.svsk_matmul.layout import tile_spans
-from svsk_jax import CalibrationConfig, QuantConfig
-from svsk_jax.model import ModelConfig
-from svsk_jax.model.parameters import LINEAR_INPUTS, layer_shapes
-from svsk_jax.pipeline.calibrate import statistics_bytes
+from svsk_jax import QuantConfig
+from svsk_jax.known_models import KNOWN
+from svsk_jax.pipeline.costs import PARTS, Shape, fitted, height, predict
 from svsk_jax.pipeline.plan import Choices, drafted, measure_options
 from svsk_jax.quant.error import layer_error
 from svsk_jax.quant.joint import input_metric, output_metric, quantize_joint
-from svsk_jax.quant.types import SENSITIVITY_TILE, InputMoment, OutputSensitivity, TensorPlan
+from svsk_jax.quant.types import InputMoment, OutputSensitivity, TensorPlan
 
 MOST_RUNS, ENOUGH_SECONDS = 5, 2.0
 """A part is timed again until it has taken this many runs or seconds; the fastest run counts."""
 RANK = 4
 """Of every sidecar tile."""
-WORKING_COPIES = 12
-"""f32 [N, K] arrays alive at once while a linear is rounded: W, its two best forms, and what the compiled
-search, feedback and fit keep."""
-FACTOR_COPIES = 5
-"""f32 [K, K] arrays that inverting one H takes beside its input and result."""
 
-Shape = tuple[int, int]
-
-
-MODELS = {name: CONFIGS[name] for name in ("Qwen3-4B", "Qwen3-8B", "Qwen3-32B")}
-
-
-def _height(n: int) -> int:
-    return min(n, SENSITIVITY_TILE)
-
-
-PARTS: dict[str, Callable[[int, int], tuple[float, ...]]] = {
-    "input metric": lambda n, k: (k**3, k**2, 1),
-    "output metric, plan": lambda n, k: (n * _height(n), 1),
-    "output metric": lambda n, k: (n * _height(n) ** 2, n * _height(n), 1),
-    # Products with H, with G and elementwise; steps that wait for one another; eigenvalues and factors.
-    "options": lambda n, k: (n * k**2, n * k * _height(n), n * k, k, n * _height(n) ** 2, 1),
-    "joint": lambda n, k: (n * k**2, n * k * _height(n), n * k, k * _height(n), k**3, 1),
-}
-"""Parts of the work, and the terms that the seconds of each are a sum of. Row tiles have `_height` rows."""
+MODELS = {name: KNOWN[name] for name in ("Qwen3-4B", "Qwen3-8B", "Qwen3-32B")}
 
 
 def measured_shapes(largest: int) -> list[Shape]:
@@ -85,12 +59,12 @@ def measure(shape: Shape, config: QuantConfig) -> dict[str, float]:
     moment, weighted = (
         InputMoment(total=jnp.asarray(_random_moment(rng, k)), tokens=jnp.int32(2 * k)) for _ in range(2)
     )
-    height = _height(n)
-    blocks = np.zeros((math.ceil(n / height), height, height), np.float32)
-    for block, (start, stop) in zip(blocks, tile_spans(n, height), strict=True):
+    rows = height(n)
+    blocks = np.zeros((math.ceil(n / rows), rows, rows), np.float32)
+    for block, (start, stop) in zip(blocks, tile_spans(n, rows), strict=True):
         block[: stop - start, : stop - start] = _random_moment(rng, stop - start)
     sensitivity = OutputSensitivity(
-        blocks=jnp.asarray(blocks), weights=jnp.ones((1, 1)), tokens=jnp.int32(2 * height)
+        blocks=jnp.asarray(blocks), weights=jnp.ones((1, 1)), tokens=jnp.int32(2 * rows)
     )
     tiles = len(tile_spans(n, config.tile.rows)), len(tile_spans(k, config.tile.columns))
     plan = TensorPlan(
@@ -126,70 +100,6 @@ def measure(shape: Shape, config: QuantConfig) -> dict[str, float]:
 
     timed("joint", quantized)
     return seconds
-
-
-def fit(terms: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-    """Coefficients ≥ 0 [terms] with the least relative squared error over the rows: the best subset of terms
-    whose ordinary least squares are all positive, which is the exact solution."""
-    scaled = terms / seconds[:, None]
-    unit = np.linalg.norm(scaled, axis=0)
-    scaled = scaled / unit
-    best, least = np.zeros(terms.shape[1]), np.inf
-    for count in range(1, 1 + min(terms.shape)):
-        for kept in map(list, itertools.combinations(range(terms.shape[1]), count)):
-            found = np.linalg.lstsq(scaled[:, kept], np.ones(len(terms)), rcond=None)[0]
-            error = float(np.sum((scaled[:, kept] @ found - 1) ** 2))
-            if np.all(found > 0) and error < least:
-                least, best = error, np.zeros(terms.shape[1])
-                best[kept] = found
-    return best / unit
-
-
-Costs = Callable[[str, Shape], float]
-
-
-def fitted(rows: Sequence[tuple[Shape, Mapping[str, float]]]) -> Costs:
-    """Predicted seconds of a part for a shape."""
-    coefficients = {
-        part: fit(
-            np.array([terms(*shape) for shape, _ in rows], np.float64),
-            np.array([seconds[part] for _, seconds in rows]),
-        )
-        for part, terms in PARTS.items()
-    }
-    return lambda part, shape: float(np.dot(coefficients[part], PARTS[part](*shape)))
-
-
-def _linears(config: ModelConfig) -> dict[str, Shape]:
-    shapes = layer_shapes(config)
-    return {name: cast(Shape, shapes[f"{name}.weight"]) for name in LINEAR_INPUTS}
-
-
-def device_bytes(config: ModelConfig) -> int:
-    """Largest device memory at once: while the metrics of a layer are made, or while its largest linear is
-    rounded beside them."""
-    linears = _linears(config)
-    squares = [k**2 for k in {LINEAR_INPUTS[name]: k for name, (_, k) in linears.items()}.values()]
-    blocks = sum(math.ceil(n / _height(n)) * _height(n) ** 2 for n, _ in linears.values())
-    # Moment, weighted moment, H and its factor; sensitivity, G and its factor.
-    preparing = 4 * sum(squares) + FACTOR_COPIES * max(squares) + 3 * blocks
-    rounding = 3 * sum(squares) + 2 * blocks + WORKING_COPIES * max(n * k for n, k in linears.values())
-    return 4 * max(preparing, rounding)
-
-
-def predict(config: ModelConfig, cost: Costs) -> dict[str, Any]:
-    """Seconds and bytes of quantizing a model."""
-    linears = list(_linears(config).values())
-    widths = {LINEAR_INPUTS[name]: shape for name, shape in _linears(config).items()}
-    shared = sum(cost("input metric", shape) for shape in widths.values())
-    plan = shared + sum(cost("output metric, plan", shape) + cost("options", shape) for shape in linears)
-    rounding = shared + sum(cost("output metric", shape) + cost("joint", shape) for shape in linears)
-    return {
-        "plan_seconds": config.num_layers * plan,
-        "quantize_seconds": config.num_layers * rounding,
-        "device_bytes": device_bytes(config),
-        "statistics_bytes": statistics_bytes(config, CalibrationConfig()),
-    }
 
 
 def estimate(config: QuantConfig, largest: int) -> dict[str, Any]:

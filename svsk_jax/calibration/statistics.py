@@ -80,7 +80,15 @@ def embed_batches(
         ids: chunks of tokens, int32 [chunks, length].
         batch_tokens: tokens that one device takes at once; at least one chunk.
         mesh: from `data_mesh`.
+
+    Raises:
+        ValueError: a token that the embedding has no row for.
     """
+    if ids.min() < 0 or ids.max() >= len(embedding):
+        raise ValueError(
+            f"the tokenizer gives tokens {ids.min()} to {ids.max()}, the embedding has {len(embedding)} "
+            "rows: tokenizer and weights are not of the same model"
+        )
     per_device = max(1, batch_tokens // ids.shape[1])
     size = mesh.size * min(per_device, -(-len(ids) // mesh.size))
     sharding = NamedSharding(mesh, P("data"))

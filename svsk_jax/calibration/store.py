@@ -2,18 +2,26 @@
 across recipes."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from svsk_jax.calibration.sensitivity import Sensitivities
 from svsk_jax.calibration.statistics import Moments
+from svsk_jax.calibration.stored_arrays import (
+    AGAIN,
+    check_file,
+    check_tokens,
+    moment_forms,
+    read_arrays,
+    sensitivity_forms,
+)
+from svsk_jax.json_data import read_json_object
+from svsk_jax.model.config import ModelConfig
 from svsk_jax.quant.types import InputMoment, OutputSensitivity
 from svsk_jax.storage.atomic import write_json
 
@@ -38,7 +46,19 @@ def write_tokens(folder: Path, ids: np.ndarray) -> None:
 
 def write_moments(folder: Path, index: int, moments: Moments) -> None:
     """Store one layer's moments: the f32 sum under the activation's name, the token count as
-    `<name>.tokens`."""
+    `<name>.tokens`.
+
+    Raises:
+        ValueError: an activation that overflowed, by name: nothing can be made of its moment.
+    """
+    for name, moment in moments.items():
+        # A sum of squares: where an entry of the matrix is not finite, its diagonal isn't either.
+        broken = int(np.count_nonzero(~np.isfinite(np.asarray(moment.diagonal))))
+        if broken:
+            raise ValueError(
+                f"layers.{index}.{name}: {broken} of {moment.diagonal.size} channels are NaN or Inf on the "
+                "calibration text; check that the model runs unquantized in this dtype"
+            )
     save_file(_plain_moments(moments), _moments_file(folder, index))
 
 
@@ -69,13 +89,6 @@ def _moments(arrays: Mapping[str, np.ndarray]) -> Moments:
     }
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); run `svsk calibrate` again") from error
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Statistics:
     """What a calibration run measured, read layer by layer."""
@@ -90,24 +103,36 @@ class Statistics:
         if not path.is_file():
             raise ValueError(f"--calib-stats {folder}: no {MANIFEST} there; make one with `svsk calibrate`")
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+            manifest = read_json_object(path, AGAIN)
         except ValueError as error:
-            raise ValueError(
-                f"--calib-stats {folder}: {MANIFEST} is damaged ({error}); run `svsk calibrate` again"
-            ) from error
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise ValueError(
-                f"--calib-stats {folder}: {MANIFEST} has not format {FORMAT}; run `svsk calibrate` again"
-            )
+            raise ValueError(f"--calib-stats {error}") from error
+        if manifest.get("format") != FORMAT:
+            raise ValueError(f"--calib-stats {folder}: {MANIFEST} has not format {FORMAT}; {AGAIN}")
+        text = manifest.get("text")
+        if (
+            not isinstance(text, dict)
+            or text.get("moments") not in ("full", "diagonal")
+            or type(text.get("fisher_chunks")) is not int
+            or "fingerprint" not in manifest
+        ):
+            raise ValueError(f"--calib-stats {folder}: {MANIFEST} is damaged; {AGAIN}")
         return cls(folder=folder, manifest=manifest)
 
     def check_model(self, fingerprint: str, description: str) -> None:
         """Refuse statistics of another model."""
         if self.manifest["fingerprint"] != fingerprint:
             raise ValueError(
-                f"--calib-stats {self.folder}: made from {self.manifest['model']}, not from "
+                f"--calib-stats {self.folder}: made from {self.manifest.get('model')}, not from "
                 f"{description}; run `svsk calibrate` for this model"
             )
+
+    def check_layers(self, config: ModelConfig) -> None:
+        """Refuse files that are missing, or whose headers are not those of this model's statistics."""
+        for index in range(config.num_layers):
+            check_file(_moments_file(self.folder, index), moment_forms(config, self.has_full_moments))
+            if self.has_sensitivity:
+                check_file(_sensitivity_file(self.folder, index), sensitivity_forms(config, WEIGHTED))
+        check_tokens(read_arrays(self.folder / TOKENS).get("ids"), config, self.folder / TOKENS)
 
     @property
     def has_full_moments(self) -> bool:
@@ -121,17 +146,17 @@ class Statistics:
 
     def tokens(self) -> np.ndarray:
         """The chunks of tokens that were measured on, int32 [chunks, length]."""
-        return _read(self.folder / TOKENS)["ids"]
+        return read_arrays(self.folder / TOKENS)["ids"]
 
     def layer(self, index: int) -> Moments:
         """Moments of one layer."""
-        return _moments(_read(_moments_file(self.folder, index)))
+        return _moments(read_arrays(_moments_file(self.folder, index)))
 
     def sensitivities(self, index: int) -> tuple[Sensitivities, Moments]:
         """Output sensitivities and weighted moments of one layer; empty without a Fisher pass."""
         if not self.has_sensitivity:
             return {}, {}
-        arrays = _read(_sensitivity_file(self.folder, index))
+        arrays = read_arrays(_sensitivity_file(self.folder, index))
         weighted = {
             name.removeprefix(WEIGHTED): value for name, value in arrays.items() if name.startswith(WEIGHTED)
         }

@@ -1,6 +1,5 @@
 """Text by name or from a file, and its tokens."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -8,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from svsk_jax.calibration.sources import SOURCES, Part
+from svsk_jax.json_data import parse_json, shown
 
 
 @runtime_checkable
@@ -40,17 +40,20 @@ def read_texts(source: str, part: Part) -> list[str]:
     try:
         if path.suffix == ".jsonl":
             with path.open(encoding="utf-8") as file:
-                texts = [json.loads(line)["text"] for line in file if line.strip()]
+                texts = [parse_json(line)["text"] for line in file if line.strip()]
         elif path.suffix == ".parquet":
             import pyarrow.parquet
 
             texts = pyarrow.parquet.read_table(path, columns=["text"]).column("text").to_pylist()
         else:
             texts = [path.read_text(encoding="utf-8")]
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(
             f"text {source!r}: expected UTF-8 text, or rows with a 'text' field; got {error!r}"
         ) from error
+    wrong = next((text for text in texts if text is not None and not isinstance(text, str)), None)
+    if wrong is not None:
+        raise ValueError(f"text {source!r}: expected text in every row's 'text' field, found {shown(wrong)}")
     texts = [text for text in texts if text]
     if not texts:
         raise ValueError(f"text {source!r}: the file holds no text")

@@ -19,12 +19,14 @@ from svsk_jax.cli.evaluate import Evaluate
 from svsk_jax.cli.export import Export
 from svsk_jax.cli.generate import Generate
 from svsk_jax.cli.inspect import Inspect
+from svsk_jax.cli.plan import PlanRun
 from svsk_jax.cli.quantize import Quantize
 from svsk_jax.cli.tune_kernels import TuneKernels
 from svsk_jax.storage.atomic import write_json
 
 VERBS: dict[str, type[Verb]] = {
     "convert": Convert,
+    "plan": PlanRun,
     "calibrate": Calibrate,
     "quantize": Quantize,
     "autotune": Autotune,
@@ -66,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
             traceback.print_exc()
         status, message = explain(error)
         if message:
-            console.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+            console.print(f"[bold red]error:[/] {escape(_printable(message))}", soft_wrap=True)
         sys.exit(status)
 
 
@@ -96,6 +98,11 @@ def explain(error: BaseException) -> tuple[int, str]:
         OTHER_ERROR,
         f"{type(error).__name__}: {message.splitlines()[0]} (an error in svsk; --debug shows where)",
     )
+
+
+def _printable(text: str) -> str:
+    """The text with control characters spelled out: names in damaged files may hold any."""
+    return "".join(each if each.isprintable() or each == "\n" else repr(each)[1:-1] for each in text)
 
 
 class _Interrupted(KeyboardInterrupt):

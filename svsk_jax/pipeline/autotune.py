@@ -73,6 +73,7 @@ def autotune(
         raise ValueError(f"--recipe {recipe}: has no budget to allocate; take svsk-r16 or svsk-r8, or --bits")
     dtype = default_dtype() if dtype is None else dtype
     statistics.check_model(source.fingerprint(), source.description)
+    statistics.check_layers(source.config)
     refuse_packed(source, source.outer(dtype))
     config = within(config, statistics)
     own = Choices.of(config)

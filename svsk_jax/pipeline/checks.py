@@ -11,6 +11,20 @@ from jax.typing import DTypeLike
 
 from svsk_jax.model.source import ModelSource
 
+MAX_WEIGHT = 7.0 * 65504
+"""The largest code of the linear codebook times the largest f16 scale. Weights beyond it would be cut off."""
+
+
+def check_weight(W: Any, name: str) -> Any:
+    """The matrix itself; ValueError, which names it, where f16 scales cannot store its values."""
+    peak = float(jnp.max(jnp.abs(W)))
+    if not peak <= MAX_WEIGHT:
+        raise ValueError(
+            f"{name}: its largest magnitude is {peak:.3g}, f16 scales store at most {MAX_WEIGHT:,.0f}; the "
+            "checkpoint is damaged or its training diverged"
+        )
+    return W
+
 
 def default_dtype() -> DTypeLike:
     """Dtype of activations and dense weights: f32 on CPU, whose matrix products have no faster form, bf16

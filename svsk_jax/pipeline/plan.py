@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.svsk_matmul.layout import tile_spans
 from svsk_jax.calibration.store import Statistics
+from svsk_jax.json_data import checked, from_json, parse_json, shown
+from svsk_jax.model.config import ModelConfig
 from svsk_jax.model.parameters import LINEAR_INPUTS, QUANTIZED_LINEARS, layer_shapes
 from svsk_jax.model.source import ModelSource
 from svsk_jax.pipeline.progress import OnProgress, Progress
@@ -33,6 +34,7 @@ from svsk_jax.quant.metric import nats
 from svsk_jax.quant.sidecar_fit import rank_gains
 from svsk_jax.quant.types import MAX_RANK, QuantConfig, TensorPlan, TileShape
 from svsk_jax.storage.atomic import write_json
+from svsk_jax.storage.described import check_ranks
 
 FORMAT = 1
 LayerMetrics = dict[str, tuple[InputMetric, OutputMetric]]
@@ -137,6 +139,8 @@ class Plan:
     tensors: Mapping[str, TensorPlan]
     predicted_nats: float | None = None
     """Predicted KL divergence per token, to second order."""
+    file: Path | None = dataclasses.field(default=None, compare=False)
+    """Where it was read from."""
 
     def save(self, path: Path, extra: Mapping[str, Any] | None = None) -> None:
         """Write a recipe file for `svsk quantize --recipe FILE`."""
@@ -149,45 +153,62 @@ class Plan:
         }
         write_json(path, {**data, **(extra or {})})
 
+    def check_model(self, config: ModelConfig) -> None:
+        """ValueError, which names the linear, unless this is a plan for all decoder linears of such a
+        model."""
+        shapes, where = linear_shapes(config), f"--recipe {self.file or self.recipe}"
+        if self.tensors.keys() != shapes.keys():
+            other = next(iter(self.tensors.keys() ^ shapes.keys()))
+            raise ValueError(
+                f"{where}: not made for this model ({shown(other)} is in one of them only); make one with "
+                "`svsk autotune`"
+            )
+        if self.config.scales != "two_level":
+            return
+        for name, plan in self.tensors.items():
+            tile = (plan.tile.rows, plan.tile.columns)
+            check_ranks(plan.ranks, tile, shapes[name], f"{where}: {name}")
+
     @classmethod
     def load(cls, path: Path) -> "Plan":
         """Read what `save` wrote; ValueError says what is wrong with the file."""
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            if data["format"] != FORMAT:
-                raise ValueError(f"format {data['format']}, this svsk-jax reads {FORMAT}")
-            config = dict(data["config"])
-            config["tile"] = TileShape(**config["tile"])
-            config["groups"] = tuple(config["groups"])
-            config["coefficients"] = tuple(config["coefficients"])
-            tensors = {name: _tensor_plan(fields) for name, fields in data["tensors"].items()}
+            data = parse_json(path.read_bytes())
+            if not isinstance(data, Mapping) or not isinstance(data.get("tensors"), Mapping):
+                raise ValueError("expected an object with `tensors`")
+            if data.get("format") != FORMAT:
+                raise ValueError(f"format {shown(data.get('format'))}, this svsk-jax reads {FORMAT}")
             return cls(
-                recipe=data["recipe"],
-                config=QuantConfig(**config),
-                tensors=tensors,
-                predicted_nats=data["predicted_nats"],
+                recipe=checked(data.get("recipe"), str, "recipe"),
+                config=from_json(QuantConfig, data.get("config"), "config"),
+                tensors={
+                    name: from_json(TensorPlan, fields, name) for name, fields in data["tensors"].items()
+                },
+                predicted_nats=checked(data.get("predicted_nats"), float | None, "predicted_nats"),
+                file=path,
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             raise ValueError(
                 f"--recipe {path}: not a recipe file that svsk wrote ({error}); make one with `svsk autotune`"
             ) from error
 
 
-def _tensor_plan(fields: Mapping[str, Any]) -> TensorPlan:
-    coefficients = fields["coefficients"]
-    return TensorPlan(
-        group=fields["group"],
-        coefficients=None if coefficients is None else (coefficients[0], coefficients[1]),
-        tile=TileShape(**fields["tile"]),
-        ranks=tuple(tuple(row) for row in fields["ranks"]),
-    )
+def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """[N, K] of every decoder linear by path, layer by layer."""
+    shapes = layer_shapes(config)
+    within = {name: (shapes[f"{name}.weight"][0], shapes[f"{name}.weight"][1]) for name in QUANTIZED_LINEARS}
+    return {
+        f"layers.{index}.{name}": shape
+        for index in range(config.num_layers)
+        for name, shape in within.items()
+    }
 
 
-def fixed_plans(source: ModelSource, config: QuantConfig) -> dict[str, TensorPlan]:
+def fixed_plans(model: ModelConfig, config: QuantConfig) -> dict[str, TensorPlan]:
     """The plan of each linear when nothing is allocated: the first group size, `rank` in every tile."""
     plans = {}
     for name in QUANTIZED_LINEARS:
-        n, k = layer_shapes(source.config)[f"{name}.weight"]
+        n, k = layer_shapes(model)[f"{name}.weight"]
         rows, columns = tile_spans(n, config.tile.rows), tile_spans(k, config.tile.columns)
         plan = TensorPlan(
             group=config.groups[0],
@@ -195,7 +216,7 @@ def fixed_plans(source: ModelSource, config: QuantConfig) -> dict[str, TensorPla
             tile=config.tile,
             ranks=tuple(tuple(min(config.rank, b - a, d - c) for c, d in columns) for a, b in rows),
         )
-        plans |= {f"layers.{index}.{name}": plan for index in range(source.config.num_layers)}
+        plans |= {f"layers.{index}.{name}": plan for index in range(model.num_layers)}
     return plans
 
 
@@ -210,7 +231,7 @@ def plan_model(
 ) -> Plan:
     """Group size and ranks of every linear, by predicted nats per byte over the whole model."""
     if config.bits is None:
-        return Plan(recipe=recipe, config=config, tensors=fixed_plans(source, config))
+        return Plan(recipe=recipe, config=config, tensors=fixed_plans(source.config, config))
     options: dict[str, list[Option]] = {}
     layers = source.config.num_layers
     for index in range(layers):

@@ -19,7 +19,7 @@ from svsk_jax.calibration.store import Statistics
 from svsk_jax.model.parameters import LINEAR_INPUTS, QUANTIZED_LINEARS, parameter_shapes
 from svsk_jax.model.source import ModelSource
 from svsk_jax.pipeline.calibrate import calibrate
-from svsk_jax.pipeline.checks import default_dtype, refuse_packed, require_space
+from svsk_jax.pipeline.checks import check_weight, default_dtype, refuse_packed, require_space
 from svsk_jax.pipeline.metadata import origin
 from svsk_jax.pipeline.plan import Plan, layer_metrics, plan_model
 from svsk_jax.pipeline.polish import polish
@@ -100,6 +100,8 @@ def quantize(
     dtype = default_dtype() if dtype is None else dtype
     check_output(output, overwrite, MARKER)
     settings = config.config if isinstance(config, Plan) else config
+    if isinstance(config, Plan):
+        config.check_model(source.config)
     budget = predict(parameter_shapes(source.config), QUANTIZED_LINEARS, settings)
     require_space(output, budget.total_bytes)
     with tempfile.TemporaryDirectory(prefix=".statistics-", dir=_existing_parent(output)) as scratch:
@@ -112,6 +114,7 @@ def quantize(
             watch.seconds |= manifest["seconds"]
             watch.restart()
         statistics.check_model(source.fingerprint(), source.description)
+        statistics.check_layers(source.config)
         settings = within(settings, statistics)
         with writing(output, overwrite=overwrite) as writer:
             outer = source.outer(dtype)
@@ -223,7 +226,7 @@ def _quantize_layer(
     errors: dict[str, float] = {}
     predicted = 0.0
     for path, name in linears.items():
-        dense = jnp.asarray(parameters[path], jnp.float32)
+        dense = check_weight(jnp.asarray(parameters[path], jnp.float32), f"layers.{index}.{path}")
         moment = moments[LINEAR_INPUTS[name]]
         if strong:
             result = quantize_joint(
@@ -268,12 +271,13 @@ def quantize_embedding(W: Any) -> Int8Weight:
 
 
 def _store_outer(outer: dict[str, Any], config: QuantConfig) -> dict[str, Any]:
-    def form(value: Any) -> Any:
+    def form(path: str, value: Any) -> Any:
         if value.ndim == 1:
             return jnp.asarray(value, jnp.float32)
+        check_weight(value, path)
         return quantize_embedding(value) if config.embedding == "int8" else jnp.asarray(value, jnp.bfloat16)
 
-    return {path: form(value) for path, value in outer.items()}
+    return {path: form(path, value) for path, value in outer.items()}
 
 
 def _nbytes(parameters: dict[str, Any]) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 
 from pallas_kernels.svsk_matmul.layout import SUPER_GROUP, ceil_div, packed_int6_bytes, tile_spans
 from pallas_kernels.svsk_matmul.types import INT8_GROUP, Codebook, ScaleKind
-from svsk_jax.quant.types import QuantConfig
+from svsk_jax.quant.types import QuantConfig, TensorPlan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,17 @@ def sidecar_bytes(shape: tuple[int, int], config: QuantConfig) -> int:
     n, k = shape
     rows, columns = len(tile_spans(n, config.tile.rows)), len(tile_spans(k, config.tile.columns))
     return config.rank * (n * columns + k * rows + 2 * rows * columns)
+
+
+def planned_bytes(shape: tuple[int, int], plan: TensorPlan, scales: ScaleKind) -> int:
+    """Bytes of an [N, K] matrix as stored under a plan; no sidecar where every rank is 0."""
+    base = base_bytes(shape, plan.group, scales, "linear" if plan.coefficients is None else "companded")
+    rows, columns = tile_spans(shape[0], plan.tile.rows), tile_spans(shape[1], plan.tile.columns)
+    return base + sum(
+        rank * (below - above + right - left + 2)
+        for (above, below), row in zip(rows, plan.ranks, strict=True)
+        for (left, right), rank in zip(columns, row, strict=True)
+    )
 
 
 def linear_bytes(shape: tuple[int, int], config: QuantConfig) -> int:

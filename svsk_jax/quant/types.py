@@ -34,8 +34,19 @@ __all__ = [
 
 MAX_RANK = 128
 """Largest rank of a sidecar tile."""
+GROUPS = (16, 32, 64)
+"""Columns that may share a scale."""
+MAX_BEAMS, MAX_ROUNDS = 256, 100
+"""Beyond these a run would not end, or not fit."""
 SENSITIVITY_TILE = 512
 """Rows of a block of the output sensitivity."""
+
+
+def _check_coefficients(coefficients: tuple[float, float]) -> None:
+    """ValueError unless the levels t + a t³ - δ of a companded codebook rise with t and reach both signs."""
+    a, delta = coefficients
+    if not (0 <= a <= 1 and abs(delta) < 7.5):
+        raise ValueError(f"coefficients (a, δ): expected a in 0 to 1 and |δ| below 7.5, got {coefficients}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,8 +115,9 @@ class QuantConfig:
     """How embedding and head are stored: int8 with an f16 scale per 64 columns, or unquantized bfloat16."""
 
     def __post_init__(self):
-        if not self.groups or any(group not in (16, 32, 64) for group in self.groups):
+        if not self.groups or any(group not in GROUPS for group in self.groups):
             raise ValueError(f"QuantConfig.groups: expected 16, 32 or 64, got {self.groups}")
+        _check_coefficients(self.coefficients)
         if not 0 <= self.rank <= MAX_RANK:
             raise ValueError(f"QuantConfig.rank: expected 0 to {MAX_RANK}, got {self.rank}")
         if self.scales == "flat" and (
@@ -125,10 +137,14 @@ class QuantConfig:
                 f"QuantConfig.tile: the fisher metric takes tiles of at most {SENSITIVITY_TILE} rows, got "
                 f"{self.tile.rows}"
             )
-        if self.beam_width < 1 or self.joint_rounds < 0 or self.polish < 0:
+        if not (1 <= self.beam_width <= MAX_BEAMS and 0 <= self.joint_rounds <= MAX_ROUNDS):
             raise ValueError(
-                "QuantConfig: expected beam_width at least 1, joint_rounds and polish at least 0, got "
-                f"{self.beam_width}, {self.joint_rounds} and {self.polish}"
+                f"QuantConfig: expected beam_width 1 to {MAX_BEAMS} and joint_rounds 0 to {MAX_ROUNDS}, got "
+                f"{self.beam_width} and {self.joint_rounds}"
+            )
+        if self.polish < 0 or self.damping < 0:
+            raise ValueError(
+                f"QuantConfig: expected polish and damping at least 0, got {self.polish} and {self.damping}"
             )
         for name in ("fisher_share", "moment_shrinkage", "sensitivity_shrinkage"):
             if not 0 <= getattr(self, name) <= 1:
@@ -202,6 +218,12 @@ class TensorPlan:
     """Tile of the sidecar."""
     ranks: tuple[tuple[int, ...], ...]
     """Rank of each tile, by row tile, then column tile."""
+
+    def __post_init__(self):
+        if self.group not in GROUPS:
+            raise ValueError(f"TensorPlan.group: expected 16, 32 or 64, got {self.group}")
+        if self.coefficients is not None:
+            _check_coefficients(self.coefficients)
 
     @property
     def has_sidecar(self) -> bool:

@@ -18,15 +18,21 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jax.typing import DTypeLike
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from svsk_jax.config_limits import check_config
+from svsk_jax.json_data import from_json, read_json_object
 from svsk_jax.model.config import ModelConfig
+from svsk_jax.model.parameters import layer_shapes, outer_shapes
 from svsk_jax.model.source import ModelSource
 from svsk_jax.storage.atomic import output_folder, write_json
+from svsk_jax.storage.described import check_described
 from svsk_jax.storage.packing import abstract, describe, from_plain, to_plain
+from svsk_jax.tokenizer_files import load_tokenizer
 
 FORMAT = 1
 ARRAYS = "svsk"
+AGAIN = "the model is damaged, make it again"
 MARKER = f"{ARRAYS}/outer/_CHECKPOINT_METADATA"
 
 
@@ -112,14 +118,17 @@ class SavedModel:
                 f"{FORMAT}; quantize again or upgrade"
             )
         self.description = str(folder)
-        self.config = ModelConfig.from_dict(self.metadata["model_config"])
-        self.hf_config = _read_json(folder / "config.json")
+        self.config = check_config(
+            from_json(ModelConfig, self.metadata.get("model_config"), f"{folder}: model_config"), str(folder)
+        )
+        check_described(self.metadata, outer_shapes(self.config), folder / ARRAYS / "outer")
+        self.hf_config = read_json_object(folder / "config.json", AGAIN)
         generation = folder / "generation_config.json"
-        self.generation_config = _read_json(generation) if generation.is_file() else {}
+        self.generation_config = read_json_object(generation, AGAIN) if generation.is_file() else {}
 
     def layer_metadata(self, index: int) -> dict[str, Any]:
         """Tensor descriptions and layer errors of one decoder layer."""
-        return self._metadata(_layer_name(index))
+        return self._described(_layer_name(index))
 
     def outer(self, dtype: DTypeLike) -> dict[str, Any]:
         """Parameters outside the layers, by full path; dense ones in `dtype`."""
@@ -131,7 +140,7 @@ class SavedModel:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The stored tokenizer."""
-        return AutoTokenizer.from_pretrained(str(self.folder), local_files_only=True)
+        return load_tokenizer(self.folder)
 
     def fingerprint(self) -> str:
         """Digest of all metadata."""
@@ -147,7 +156,7 @@ class SavedModel:
         try:
             with _checkpointer() as checkpointer:
                 metadata = checkpointer.metadata(path).item_metadata.custom_metadata
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except Exception as error:  # orbax raises many kinds on damaged files
             raise ValueError(
                 f"{path}: no readable metadata ({error!r}); the model is damaged, make it again"
             ) from error
@@ -155,6 +164,13 @@ class SavedModel:
             raise ValueError(
                 f"{path}: no metadata of svsk in the checkpoint; the model is damaged, make it again"
             )
+        return metadata
+
+    def _described(self, name: str) -> dict[str, Any]:
+        """The metadata of one checkpoint, checked against the model's shapes."""
+        shapes = outer_shapes(self.config) if name == "outer" else layer_shapes(self.config)
+        metadata = self._metadata(name)
+        check_described(metadata, shapes, self.folder / ARRAYS / name)
         return metadata
 
     def _sharding(self, leaf: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
@@ -165,7 +181,7 @@ class SavedModel:
         return NamedSharding(self.mesh, PartitionSpec(axis) if divides else PartitionSpec())
 
     def _restore(self, name: str, dtype: DTypeLike) -> dict[str, Any]:
-        likes = {path: abstract(tensor) for path, tensor in self._metadata(name)["tensors"].items()}
+        likes = {path: abstract(tensor) for path, tensor in self._described(name)["tensors"].items()}
         plain = {path: to_plain(like) for path, like in likes.items()}
         target = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._sharding(leaf)), plain
@@ -177,8 +193,8 @@ class SavedModel:
                     self.folder / ARRAYS / name,
                     args=ocp.args.PyTreeRestore(item=target, restore_args=restore_args),
                 )
-        except (OSError, ValueError, KeyError) as error:
-            summary = str(error).splitlines()[0]
+        except Exception as error:  # orbax and tensorstore raise many kinds on damaged files
+            summary = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(
                 f"{self.folder / ARRAYS / name}: cannot be restored ({summary}); the model is damaged, "
                 "make it again"
@@ -188,10 +204,3 @@ class SavedModel:
             path: value.astype(jnp.dtype(dtype)) if isinstance(value, jax.Array) else value
             for path, value in values.items()
         }
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); the model is damaged, make it again") from error

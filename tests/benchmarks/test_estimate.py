@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from benchmarks.speed.estimate import MODELS, PARTS, device_bytes, fit, fitted, measured_shapes, predict
+from benchmarks.speed.estimate import MODELS, measured_shapes
+from svsk_jax.pipeline.costs import PARTS, device_bytes, fit, fitted, predict
 
 SHAPES = measured_shapes(1024)
 

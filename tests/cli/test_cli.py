@@ -313,3 +313,17 @@ cli.main(["inspect", "--model", "any"])
     done = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, "interrupted" in done.stderr) == (1, True), done.stderr
     assert "ignored" not in done.stderr
+
+
+def test_plan_reads_no_weights(tmp_path, capsys):
+    assert svsk("plan", "--model", "Qwen3-0.6B", "--json", tmp_path / "p.json") == 0
+    found = json.loads((tmp_path / "p.json").read_text())
+    assert found["parameters"] == 596_049_920
+    assert not found["bytes_are_exact"]
+    said = " ".join(capsys.readouterr().err.split())
+    assert "times are an estimate" in said
+    assert found["estimate"]["costs_of"] in said
+    assert svsk("plan", "--model", "Qwen3-235B-A22B") == 2
+    assert "mixture of experts" in capsys.readouterr().err
+    assert svsk("plan", "--model", "SmolLM2-135M", "--costs", tmp_path / "p.json") == 2
+    assert "--costs" in capsys.readouterr().err

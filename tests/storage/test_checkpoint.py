@@ -109,12 +109,18 @@ def test_round_trip_on_one_and_on_eight_devices(saved):
     np.testing.assert_allclose(logits[0], logits[1], atol=1e-5 * np.abs(logits[0]).max())
 
 
-def test_every_optional_part_round_trips(source, tmp_path):
+def test_every_optional_part_round_trips(tiny_config, tmp_path):
     weight = whole_format()
+    config = dataclasses.replace(
+        tiny_config, num_layers=1, hidden_size=40, num_heads=5, num_kv_heads=1, head_dim=4
+    )
+    source = MemorySource(config)
     with writing(tmp_path / "out", overwrite=False) as writer:
-        writer.layer(0, {"w": weight})
-        writer.outer({"embedding.weight": jnp.ones((2, 2))}, source, {})
-    restored = SavedModel(tmp_path / "out").layer(0, jnp.float32)["w"]
+        writer.layer(
+            0, jax.tree.map(jnp.asarray, source.layer(0, np.float32)) | {"attention.q.weight": weight}
+        )
+        writer.outer(jax.tree.map(jnp.asarray, source.outer(np.float32)), source, {})
+    restored = SavedModel(tmp_path / "out").layer(0, jnp.float32)["attention.q.weight"]
     assert jax.tree.structure(restored) == jax.tree.structure(weight)
     jax.tree.map(assert_same, restored, weight)
 

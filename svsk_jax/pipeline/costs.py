@@ -1,0 +1,108 @@
+"""What quantizing a model costs, from single linears that were timed: the fit and what follows from it.
+
+A cost is fitted as a sum of products of the sizes with coefficients of at least 0.
+
+Not in the estimates: compilation, reading, writing, calibration, polish.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from svsk_jax.calibration.config import CalibrationConfig
+from svsk_jax.model.config import ModelConfig
+from svsk_jax.model.parameters import LINEAR_INPUTS, layer_shapes
+from svsk_jax.pipeline.calibrate import statistics_bytes
+from svsk_jax.quant.types import SENSITIVITY_TILE
+
+WORKING_COPIES = 12
+"""f32 [N, K] arrays alive at once while a linear is rounded: W, its two best forms, and what the compiled
+search, feedback and fit keep."""
+FACTOR_COPIES = 5
+"""f32 [K, K] arrays that inverting one H takes beside its input and result."""
+
+Shape = tuple[int, int]
+
+
+def height(n: int) -> int:
+    """Rows of a block of the output sensitivity of a linear with n outputs."""
+    return min(n, SENSITIVITY_TILE)
+
+
+PARTS: dict[str, Callable[[int, int], tuple[float, ...]]] = {
+    "input metric": lambda n, k: (k**3, k**2, 1),
+    "output metric, plan": lambda n, k: (n * height(n), 1),
+    "output metric": lambda n, k: (n * height(n) ** 2, n * height(n), 1),
+    # Products with H, with G and elementwise; steps that wait for one another; eigenvalues and factors.
+    "options": lambda n, k: (n * k**2, n * k * height(n), n * k, k, n * height(n) ** 2, 1),
+    "joint": lambda n, k: (n * k**2, n * k * height(n), n * k, k * height(n), k**3, 1),
+}
+"""Parts of the work, and the terms that the seconds of each are a sum of. Row tiles have `height` rows."""
+
+
+def fit(terms: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """Coefficients ≥ 0 [terms] with the least relative squared error over the rows: the best subset of terms
+    whose ordinary least squares are all positive, which is the exact solution."""
+    scaled = terms / seconds[:, None]
+    unit = np.linalg.norm(scaled, axis=0)
+    scaled = scaled / unit
+    best, least = np.zeros(terms.shape[1]), np.inf
+    for count in range(1, 1 + min(terms.shape)):
+        for kept in map(list, itertools.combinations(range(terms.shape[1]), count)):
+            found = np.linalg.lstsq(scaled[:, kept], np.ones(len(terms)), rcond=None)[0]
+            error = float(np.sum((scaled[:, kept] @ found - 1) ** 2))
+            if np.all(found > 0) and error < least:
+                least, best = error, np.zeros(terms.shape[1])
+                best[kept] = found
+    return best / unit
+
+
+Costs = Callable[[str, Shape], float]
+"""Seconds of a part for a shape."""
+
+
+def fitted(rows: Sequence[tuple[Shape, Mapping[str, float]]]) -> Costs:
+    """Predicted seconds of a part for a shape."""
+    coefficients = {
+        part: fit(
+            np.array([terms(*shape) for shape, _ in rows], np.float64),
+            np.array([seconds[part] for _, seconds in rows]),
+        )
+        for part, terms in PARTS.items()
+    }
+    return lambda part, shape: float(np.dot(coefficients[part], PARTS[part](*shape)))
+
+
+def _linears(config: ModelConfig) -> dict[str, Shape]:
+    shapes = layer_shapes(config)
+    return {name: cast(Shape, shapes[f"{name}.weight"]) for name in LINEAR_INPUTS}
+
+
+def device_bytes(config: ModelConfig) -> int:
+    """Largest device memory at once: while the metrics of a layer are made, or while its largest linear is
+    rounded beside them."""
+    linears = _linears(config)
+    squares = [k**2 for k in {LINEAR_INPUTS[name]: k for name, (_, k) in linears.items()}.values()]
+    blocks = sum(math.ceil(n / height(n)) * height(n) ** 2 for n, _ in linears.values())
+    # Moment, weighted moment, H and its factor; sensitivity, G and its factor.
+    preparing = 4 * sum(squares) + FACTOR_COPIES * max(squares) + 3 * blocks
+    rounding = 3 * sum(squares) + 2 * blocks + WORKING_COPIES * max(n * k for n, k in linears.values())
+    return 4 * max(preparing, rounding)
+
+
+def predict(config: ModelConfig, cost: Costs) -> dict[str, Any]:
+    """Seconds and bytes of quantizing a model."""
+    linears = list(_linears(config).values())
+    widths = {LINEAR_INPUTS[name]: shape for name, shape in _linears(config).items()}
+    shared = sum(cost("input metric", shape) for shape in widths.values())
+    plan = shared + sum(cost("output metric, plan", shape) + cost("options", shape) for shape in linears)
+    rounding = shared + sum(cost("output metric", shape) + cost("joint", shape) for shape in linears)
+    return {
+        "plan_seconds": config.num_layers * plan,
+        "quantize_seconds": config.num_layers * rounding,
+        "device_bytes": device_bytes(config),
+        "statistics_bytes": statistics_bytes(config, CalibrationConfig()),
+    }

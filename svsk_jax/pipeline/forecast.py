@@ -1,0 +1,186 @@
+"""Seconds and memory of calibrating and quantizing a model, from its configuration and measured costs."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from svsk_jax.calibration.config import CalibrationConfig
+from svsk_jax.json_data import checked, read_json_object, shown
+from svsk_jax.known_models import KNOWN
+from svsk_jax.model.config import ModelConfig
+from svsk_jax.model.parameters import LINEAR_INPUTS, QUANTIZED_LINEARS, layer_shapes, outer_shapes
+from svsk_jax.pipeline.calibrate import statistics_bytes
+from svsk_jax.pipeline.costs import PARTS, device_bytes, fitted, height, predict
+from svsk_jax.quant.types import QuantConfig
+
+MEASURED = Path(__file__).parent / "measured"
+"""A file for each platform whose costs were measured."""
+ADVICE = "make one with `python -m benchmarks.speed.quantize --estimate --json FILE`"
+DEFAULT_CHUNK = 512
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What a run is estimated to take. None: nothing was measured that it could follow from."""
+
+    calibrate_seconds: float | None
+    plan_seconds: float | None
+    quantize_seconds: float | None
+    calibrate_bytes: int
+    """Largest memory while it calibrates."""
+    quantize_bytes: int
+    """Likewise while it quantizes; without polish."""
+    whole_process: bool
+    """Whether memory is the process's, with Python, JAX and compiled programs; else its arrays' alone."""
+    statistics_bytes: int
+    """On disk."""
+    costs_of: str | None
+    """Machine and date of the measured costs."""
+
+
+def measured_costs(platform: str, file: Path | None = None) -> dict[str, Any]:
+    """Costs that were measured: those that come with svsk for a platform (`cpu`, `gpu`), empty where
+    there are none, or those in a file that `benchmarks.speed.quantize --estimate` wrote.
+
+    Raises:
+        ValueError: the file is not such a file.
+    """
+    if file is None:
+        path = MEASURED / f"{platform}.json"
+        return read_json_object(path, ADVICE) if path.is_file() else {}
+    data = read_json_object(file, ADVICE)
+    rows = data.get("measured")
+    try:
+        if not isinstance(rows, list) or not rows:
+            raise ValueError("no `measured`")
+        for row in rows:
+            checked(row["shape"], tuple[int, int], "shape")
+            for part in PARTS:
+                checked(row["seconds"][part], float, part)
+        for key in ("machine", "date"):
+            checked(data.get(key), str, key)
+    except (ValueError, TypeError, LookupError) as error:
+        raise ValueError(f"--costs {file}: no measured costs ({shown(str(error))}); {ADVICE}") from error
+    return {"linears": data}
+
+
+def forecast(
+    model: ModelConfig, config: QuantConfig, calibration: CalibrationConfig, costs: Mapping[str, Any]
+) -> Forecast:
+    """Seconds and bytes of `svsk quantize` with calibration in the same run.
+
+    Seconds of planning and of quantizing are fitted to single linears (`costs`); those of the published
+    recipes are in proportion to the weights. Seconds of calibration are its floating-point operations at the
+    rate of one measured pass of second moments' diagonals. Self-written text, compilation, reading, writing
+    and polish are left out. To the bytes of arrays comes what a measured process held beside its own:
+    Python, JAX, compiled programs.
+
+    Args:
+        model: its configuration.
+        config: the recipe.
+        calibration: how much text, and what is measured on it.
+        costs: from `measured_costs`.
+    """
+    strong = config.scales == "two_level"
+    linears, classic = costs.get("linears"), costs.get("classic")
+    plan = quantize = calibrate = None
+    if classic is not None:
+        reference = KNOWN[classic["model"]]
+        pass_ = CalibrationConfig(chunks=classic["chunks"], chunk_length=classic["chunk_length"])
+        rate = _operations(reference, pass_, full=False, fisher=False) / classic["seconds"]["calibrate"]
+        fisher = calibration.measures_sensitivity and config.needs_sensitivity
+        full = config.needs_full_moments and calibration.moments == "full"
+        calibrate = _operations(model, calibration, full=full, fisher=fisher) / rate
+        if not strong:
+            quantize = classic["seconds"]["quantize"] * _weights(model) / _weights(reference)
+            plan = 0.0
+    if linears is not None and strong:
+        rows = [(tuple(row["shape"]), row["seconds"]) for row in linears["measured"]]
+        found = predict(model, fitted(rows))
+        quantize = found["quantize_seconds"]
+        plan = found["plan_seconds"] if config.bits is not None else 0.0
+    used = (linears if strong else None) or classic
+    process, beside = costs.get("process"), 0
+    if process is not None:
+        beside = int(process["peak_mb"] * 1e6) - _quantize_bytes(KNOWN[process["model"]])
+    return Forecast(
+        calibrate_seconds=calibrate,
+        plan_seconds=plan,
+        quantize_seconds=quantize,
+        calibrate_bytes=beside + _calibrate_bytes(model, config, calibration),
+        quantize_bytes=beside + _quantize_bytes(model),
+        whole_process=process is not None,
+        statistics_bytes=statistics_bytes(model, _measured_for(config, calibration)),
+        costs_of=None if used is None else f"{used['machine']}, {used['date']}",
+    )
+
+
+def _measured_for(config: QuantConfig, calibration: CalibrationConfig) -> CalibrationConfig:
+    """Without what the recipe would not look at."""
+    if not config.needs_full_moments:
+        return dataclasses.replace(calibration, moments="diagonal", fisher="off")
+    return calibration if config.needs_sensitivity else dataclasses.replace(calibration, fisher="off")
+
+
+def _layer_weights(model: ModelConfig) -> int:
+    shapes = layer_shapes(model)
+    return sum(shapes[f"{name}.weight"][0] * shapes[f"{name}.weight"][1] for name in QUANTIZED_LINEARS)
+
+
+def _weights(model: ModelConfig) -> int:
+    return model.num_layers * _layer_weights(model)
+
+
+def _outer_bytes(model: ModelConfig) -> int:
+    """Of embedding and head, f32, and the slab that is made int8."""
+    return 5 * sum(shape[0] * shape[1] for shape in outer_shapes(model).values() if len(shape) == 2)
+
+
+def _widths(model: ModelConfig) -> list[int]:
+    """Of the activations that linears read."""
+    shapes = layer_shapes(model)
+    return list({LINEAR_INPUTS[name]: shapes[f"{name}.weight"][1] for name in LINEAR_INPUTS}.values())
+
+
+def _length(model: ModelConfig, calibration: CalibrationConfig) -> int:
+    return calibration.chunk_length or min(DEFAULT_CHUNK, model.max_position_embeddings)
+
+
+def _operations(model: ModelConfig, calibration: CalibrationConfig, *, full: bool, fisher: bool) -> float:
+    """Floating-point operations of the forward pass and, for `fisher`, of the backward one."""
+    length = _length(model, calibration)
+    layer = 2 * _layer_weights(model) + 4 * length * model.num_heads * model.head_dim
+    moments = sum(2 * width * (width if full else 1) for width in _widths(model))
+    total = calibration.chunks * length * model.num_layers * (layer + moments)
+    if fisher:
+        heights = [layer_shapes(model)[f"{name}.weight"][0] for name in QUANTIZED_LINEARS]
+        blocks = sum(2 * n * height(n) for n in heights)
+        head = 6 * model.vocab_size * model.hidden_size
+        tokens = min(calibration.fisher_chunks, calibration.chunks) * length
+        # A layer is run again before it is differentiated, which costs twice as much as running it.
+        total += tokens * (model.num_layers * (3 * layer + moments + blocks) + head)
+    return float(total)
+
+
+def _quantize_bytes(model: ModelConfig) -> int:
+    """Embedding and head, one layer, and what rounding it takes; f32."""
+    return device_bytes(model) + _outer_bytes(model) + 4 * _layer_weights(model)
+
+
+def _calibrate_bytes(model: ModelConfig, config: QuantConfig, calibration: CalibrationConfig) -> int:
+    """Embedding and head, the residual streams, one layer and the moments that it adds to; f32."""
+    length = _length(model, calibration)
+    stream = 4 * length * model.hidden_size
+    measured = _measured_for(config, calibration)
+    sums = 2 * 4 * sum(width * (width if measured.moments == "full" else 1) for width in _widths(model))
+    kept = 0
+    if measured.measures_sensitivity:
+        kept = min(
+            int(calibration.fisher_memory * 1e9), model.num_layers * calibration.fisher_chunks * stream
+        )
+        sums *= 2
+    batch = max(1, calibration.batch_tokens // length) * length
+    logits = 3 * 4 * batch * model.vocab_size if measured.measures_sensitivity else 0
+    layer = 4 * _layer_weights(model)
+    return _outer_bytes(model) + calibration.chunks * stream + kept + max(layer + sums, logits)
