@@ -21,10 +21,11 @@ from pallas_kernels.svsk_matmul.tuning import FUSED_LIMIT, Blocks, heuristic
 @pytest.mark.parametrize(
     ("form", "m"),
     [
-        # Every form by the kernel for one row and by the one for several, which takes 8 or 64 at a time.
+        # Every form by the kernel for one row and by the one for several, in bf16 and in f16.
         *((form, m) for i, form in enumerate(FORMS) for m in (1, (7, 64)[i % 2])),
         ("companded g16", 2),
         ("linear g16, ranks that differ", 16),
+        ("strongly companded, tiles that divide nothing", 64),
         ("companded g32, rank 16", 200),
     ],
 )
