@@ -1,5 +1,9 @@
-"""Random packed weights of any form that the format allows, and their products in float64."""
+"""Random packed weights of any form that the format allows, and their products in float64.
 
+Every shape is compiled anew, hence one program where there is a choice, not one for each operation.
+"""
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -29,7 +33,7 @@ TOLERANCE = {jnp.dtype(jnp.float16): 1e-3, jnp.dtype(jnp.bfloat16): 4e-3}
 
 def exact(x, *weights):
     """x Ŵᵀ in float64 of all weights."""
-    dense = np.concatenate([np.asarray(dequantize(weight), np.float64) for weight in weights])
+    dense = np.concatenate([np.asarray(jax.jit(dequantize)(weight), np.float64) for weight in weights])
     return np.asarray(x, np.float64) @ dense.T
 
 
@@ -67,7 +71,7 @@ def random_weight(
     if flat:
         scales, supers = jnp.asarray(rng.uniform(0.5, 2, (n, groups)) / 64, jnp.float16), None
     else:
-        scales = pack_int6(jnp.asarray(rng.integers(-32, 32, (n, groups)), jnp.int8))
+        scales = jax.jit(pack_int6)(jnp.asarray(rng.integers(-32, 32, (n, groups)), jnp.int8))
         supers = jnp.asarray(rng.uniform(1e-3, 2e-3, (n, ceil_div(k, 256))), jnp.float16)
     low, high = (ranks, ranks) if isinstance(ranks, int) else ranks
     spans, columns = tile_spans(n, tile[0]), tile_spans(k, tile[1])
@@ -85,7 +89,7 @@ def random_weight(
             ranks=chosen,
         )
     return SVSKWeight(
-        codes=pack_codes(jnp.asarray(rng.integers(0, 16, (n, k)), jnp.uint8)),
+        codes=jax.jit(pack_codes)(jnp.asarray(rng.integers(0, 16, (n, k)), jnp.uint8)),
         scales=scales,
         super_scales=supers,
         coefficients=None if coefficients is None else jnp.asarray(coefficients, jnp.float16),

@@ -14,19 +14,23 @@ from pallas_kernels.svsk_matmul import (
     transpose_int8,
 )
 
+SHAPES, ROWS = [(200, 330), (77, 31)], [1, 5]
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("m", [1, 5])
-def test_against_float64(form, m):
+
+@pytest.mark.parametrize(
+    ("form", "shape", "m"),
+    # Any two of a form, a shape and a number of rows meet.
+    [(form, shape, ROWS[(i + j) % 2]) for i, form in enumerate(FORMS) for j, shape in enumerate(SHAPES)],
+)
+def test_against_float64(form, shape, m):
     rng = np.random.default_rng(m)
-    for shape in ((200, 330), (77, 31)):
-        weight = random_weight(rng, *shape, **FORMS[form])
-        x = normal(rng, m, shape[1], dtype=jnp.float32)
-        expected = exact(x, weight)
-        assert error(svsk_matmul(x, transpose(weight)), expected) < 2e-6
-        assert error(jax.jit(lambda x, w: svsk_matmul(x, w, "blockwise"))(x, weight), expected) < 2e-6
-        y = svsk_matmul(x.astype(jnp.bfloat16), transpose(weight))
-        assert (y.dtype, y.shape) == (jnp.bfloat16, (m, shape[0]))
+    weight = random_weight(rng, *shape, **FORMS[form])
+    x = normal(rng, m, shape[1], dtype=jnp.float32)
+    expected = exact(x, weight)
+    assert error(svsk_matmul(x, transpose(weight)), expected) < 2e-6
+    assert error(jax.jit(lambda x, w: svsk_matmul(x, w, "blockwise"))(x, weight), expected) < 2e-6
+    y = svsk_matmul(x.astype(jnp.bfloat16), transpose(weight))
+    assert (y.dtype, y.shape) == (jnp.bfloat16, (m, shape[0]))
 
 
 @pytest.mark.parametrize("m", [1, 5])

@@ -1,6 +1,5 @@
 """The Triton kernels in interpret mode against float64, and the layout that they read."""
 
-import itertools
 from functools import partial
 
 import jax
@@ -13,6 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 from weights import FORMS, TOLERANCE, error, exact, normal, random_weight
 
 from pallas_kernels.svsk_matmul import dequantize, lay_out, svsk_matmul
+from pallas_kernels.svsk_matmul.figures import abstract_weight
 from pallas_kernels.svsk_matmul.triton import matmul
 from pallas_kernels.svsk_matmul.triton_reference import restore
 from pallas_kernels.svsk_matmul.tuning import FUSED_LIMIT, Blocks, heuristic
@@ -21,9 +21,11 @@ from pallas_kernels.svsk_matmul.tuning import FUSED_LIMIT, Blocks, heuristic
 @pytest.mark.parametrize(
     ("form", "m"),
     [
-        *itertools.product(FORMS, [1, 7, 64]),
+        # Every form by the kernel for one row and by the one for several, in bf16 and in f16.
+        *((form, m) for i, form in enumerate(FORMS) for m in (1, (7, 64)[i % 2])),
         ("companded g16", 2),
         ("linear g16, ranks that differ", 16),
+        ("strongly companded, tiles that divide nothing", 64),
         ("companded g32, rank 16", 200),
     ],
 )
@@ -46,10 +48,10 @@ def test_ragged_shapes(shape, m):
     assert error(svsk_matmul(x, lay_out(weight), "triton_interpret"), exact(x, weight)) < 4e-3
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     n=st.integers(1, 300),
-    k=st.integers(1, 700),
+    k=st.integers(1, 600),
     m=st.integers(1, 20),
     group=st.sampled_from([16, 32]),
     rank=st.integers(0, 20),
@@ -201,7 +203,7 @@ def test_a_stored_weight_is_laid_out_on_the_way():
 @pytest.mark.parametrize("m", [1, 2, 16, 17, 64, 300])
 @pytest.mark.parametrize("shape", [(64, 256), (576, 1536), (24576, 4096), (2560, 9728), (960, 576)])
 def test_the_heuristic_fits_every_shape(shape, m):
-    laid = jax.eval_shape(lay_out, random_weight(np.random.default_rng(0), *shape))
+    laid = abstract_weight(*shape, rank=0)
     blocks = heuristic(laid, m)
     blocks.check(laid, -(-m // blocks.batch) * blocks.batch)
 

@@ -10,10 +10,16 @@ from pallas_kernels.svsk_matmul import dequantize, lay_out_int8, svsk_matmul, ta
 from pallas_kernels.svsk_matmul.triton_reference import restore
 from pallas_kernels.svsk_matmul.tuning import FUSED_LIMIT
 
+SHAPES = [(64, 256), (130, 576), (9, 1), (70, 1100)]
+ROWS = [1, 5, 20, FUSED_LIMIT]
+DTYPES = [jnp.float16, jnp.bfloat16]
 
-@pytest.mark.parametrize("shape", [(64, 256), (130, 576), (9, 1), (70, 1100)])
-@pytest.mark.parametrize("m", [1, 5, 20, FUSED_LIMIT])
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+
+@pytest.mark.parametrize(
+    ("shape", "m", "dtype"),
+    # Every shape with every number of rows, and either dtype with each of both.
+    [(shape, m, DTYPES[(i + j) % 2]) for i, shape in enumerate(SHAPES) for j, m in enumerate(ROWS)],
+)
 def test_against_float64(shape, m, dtype):
     rng = np.random.default_rng(m)
     weight = random_int8(rng, *shape)

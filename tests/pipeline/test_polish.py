@@ -20,7 +20,12 @@ from svsk_jax.storage import SavedModel
 
 CALIBRATION = CalibrationConfig(calib=("documentation",), chunks=64, chunk_length=32, fisher_chunks=8)
 STRONG = dataclasses.replace(
-    recipe("svsk-r16"), bits=5.5, groups=(16,), tile=TileShape(rows=32, columns=0), joint_rounds=0
+    recipe("svsk-r16"),
+    bits=5.5,
+    groups=(16,),
+    tile=TileShape(rows=32, columns=0),
+    beam_width=1,
+    joint_rounds=0,
 )
 
 
@@ -32,6 +37,20 @@ def measured(tmp_path_factory):
     return source, Statistics.open(folder)
 
 
+@pytest.fixture(scope="module")
+def plain(measured, tmp_path_factory):
+    """The model without polish: its folder and what quantizing it gave."""
+    source, statistics = measured
+    folder = tmp_path_factory.mktemp("plain") / "out"
+    return folder, pipeline.quantize(source, folder, STRONG, recipe="plain", statistics=statistics)
+
+
+def polished(measured, folder, steps):
+    source, statistics = measured
+    config = dataclasses.replace(STRONG, polish=steps)
+    return pipeline.quantize(source, folder, config, recipe="polished", statistics=statistics)
+
+
 def divergence(source, folder):
     ids = tokenize(source.tokenizer(), read_texts("documentation", "evaluation"))
     tokens = jnp.asarray(ids[: 32 * 32].reshape(32, 32))
@@ -40,28 +59,21 @@ def divergence(source, folder):
     return float(jnp.mean(token_divergence(run(reference, tokens), run(model, tokens), tokens).kld))
 
 
-def test_polish_lowers_the_divergence_at_the_same_bytes(measured, tmp_path, monkeypatch):
+def test_polish_lowers_the_divergence_at_the_same_bytes(measured, plain, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "BATCH_TOKENS", 512)
     monkeypatch.setattr(module, "LEARNING_RATE", 3e-3)
-    source, statistics = measured
-    results = {}
-    for name, steps in (("plain", 0), ("polished", 48)):
-        config = dataclasses.replace(STRONG, polish=steps)
-        results[name] = pipeline.quantize(source, tmp_path / name, config, recipe=name, statistics=statistics)
-    assert results["polished"].budget == results["plain"].budget
-    assert results["polished"].errors != results["plain"].errors
-    assert divergence(source, tmp_path / "polished") < 0.93 * divergence(source, tmp_path / "plain")
+    source, (folder, unpolished) = measured[0], plain
+    result = polished(measured, tmp_path / "out", 48)
+    assert result.budget == unpolished.budget
+    assert result.errors != unpolished.errors
+    assert divergence(source, tmp_path / "out") < 0.93 * divergence(source, folder)
 
 
-def test_steps_that_do_harm_are_not_kept(measured, tmp_path, monkeypatch):
+def test_steps_that_do_harm_are_not_kept(measured, plain, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "LEARNING_RATE", 10.0)
-    source, statistics = measured
-    for name, steps in (("plain", 0), ("harmed", 2)):
-        config = dataclasses.replace(STRONG, polish=steps)
-        pipeline.quantize(source, tmp_path / name, config, recipe=name, statistics=statistics)
-    assert divergence(source, tmp_path / "harmed") == pytest.approx(
-        divergence(source, tmp_path / "plain"), rel=0.02
-    )
+    source = measured[0]
+    polished(measured, tmp_path / "out", 2)
+    assert divergence(source, tmp_path / "out") == pytest.approx(divergence(source, plain[0]), rel=0.02)
 
 
 def test_one_chunk_is_too_few(measured):

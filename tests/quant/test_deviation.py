@@ -7,13 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.svsk_matmul.reference import dequantize
+from pallas_kernels.svsk_matmul import reference
+from svsk_jax.quant import polish
 from svsk_jax.quant.joint import input_metric, plain_output_metric, quantize_joint
 from svsk_jax.quant.linear import quantize_linear
-from svsk_jax.quant.polish import Deviation, restore, store
+from svsk_jax.quant.polish import Deviation, store
 from svsk_jax.quant.types import InputMoment, QuantConfig, TensorPlan, TileShape, recipe
 
 N, K = 40, 70
+# As the pipeline runs them; operation by operation, each would be compiled on its own.
+dequantize = jax.jit(reference.dequantize)
+restore = jax.jit(polish.restore, static_argnums=2)
 
 
 @pytest.fixture(scope="module", params=[(0, None), (4, (0.008, 0.3))], ids=["base alone", "with a sidecar"])
