@@ -3,19 +3,21 @@ across recipes."""
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
+from svsk_jax.calibration.mixture import Chunks
 from svsk_jax.calibration.sensitivity import Sensitivities
 from svsk_jax.calibration.statistics import Moments
 from svsk_jax.quant.types import InputMoment, OutputSensitivity
 from svsk_jax.storage.atomic import write_json
+from svsk_jax.storage.durable import durable_file
 
 MANIFEST = "calibration.json"
 TOKENS = "tokens.safetensors"
@@ -34,6 +36,21 @@ def _sensitivity_file(folder: Path, index: int) -> Path:
 def write_tokens(folder: Path, ids: np.ndarray) -> None:
     """Store the chunks of tokens, int32 [chunks, length]."""
     save_file({"ids": np.ascontiguousarray(ids, np.int32)}, folder / TOKENS)
+
+
+def kept_chunks(path: Path, make: Callable[[], Chunks]) -> Chunks:
+    """The chunks that the file `path` keeps; where there is none, those that `make` gives, which are kept
+    there first."""
+    if path.is_file():
+        try:
+            with safe_open(path, framework="numpy") as file:
+                return Chunks(ids=file.get_tensor("ids"), counts=json.loads(file.metadata()["counts"]))
+        except SafetensorError:
+            path.unlink()
+    chunks = make()
+    with durable_file(path) as partial:
+        save_file({"ids": chunks.ids}, partial, metadata={"counts": json.dumps(dict(chunks.counts))})
+    return chunks
 
 
 def write_moments(folder: Path, index: int, moments: Moments) -> None:

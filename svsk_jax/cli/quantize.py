@@ -17,6 +17,8 @@ from svsk_jax.quant.types import DEFAULT_RECIPE, RECIPES, QuantConfig, recipe
 class Quantize(OutputFlags, ModelFlags, Verb):
     """Quantize a model, layer by layer."""
 
+    resume: bool = False
+    """Go on with an unfinished run of this same command, to the same bytes; start it if there is none."""
     recipe: str = DEFAULT_RECIPE
     """How linears are stored: svsk-r16 (4.60 bits/weight) or svsk-r8 (4.44), both with groups and ranks
     allocated; svsk-r16-polish (svsk-r16, then trained a little; meant for a GPU); the published
@@ -77,6 +79,7 @@ class Quantize(OutputFlags, ModelFlags, Verb):
                 calibration=self.calibration,
                 statistics=statistics,
                 overwrite=self.overwrite,
+                resume=self.resume,
                 on_progress=on_progress,
             )
         budget = result.budget
