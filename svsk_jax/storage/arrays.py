@@ -15,9 +15,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from svsk_jax.storage.durable import rename, sync_tree
 from svsk_jax.storage.packing import abstract, describe, from_plain, to_plain
 
-DAMAGE = (OSError, ValueError, KeyError, AttributeError, TypeError)
-"""What orbax raises on files that are missing or damaged."""
-
 
 def _checkpointer() -> ocp.Checkpointer:
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
@@ -61,7 +58,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     try:
         with _checkpointer() as checkpointer:
             metadata = checkpointer.metadata(path).item_metadata.custom_metadata
-    except DAMAGE as error:
+    except Exception as error:  # orbax raises many kinds on damaged files
         raise ValueError(
             f"{path}: no readable metadata ({error!r}); the model is damaged, make it again"
         ) from error
@@ -103,12 +100,22 @@ def restore(
                     item=target, restore_args=restore_args, partial_restore=names is not None
                 ),
             )
-    except DAMAGE as error:
-        summary = str(error).splitlines()[0]
+        values = {name: from_plain(restored[name], like) for name, like in likes.items()}
+        jax.tree.map(_check, values, likes)
+    except jax.errors.JaxRuntimeError:  # the device's trouble, not the files'
+        raise
+    except Exception as error:  # orbax raises many kinds on damaged files, Exception itself among them
+        summary = str(error.__cause__ or error).splitlines()[0]
         raise ValueError(
             f"{path}: cannot be restored ({summary}); the model is damaged, make it again"
         ) from error
-    return {name: from_plain(restored[name], like) for name, like in likes.items()}
+    return values
+
+
+def _check(value: Any, like: jax.ShapeDtypeStruct) -> None:
+    """Damaged metadata may make orbax restore something else than was asked for."""
+    if not isinstance(value, jax.Array) or (value.shape, value.dtype) != (like.shape, like.dtype):
+        raise ValueError(f"expected {like}, found {value!r}")
 
 
 def differing(parameters: Mapping[str, Any], metadata: Mapping[str, Any]) -> list[str]:
