@@ -1,6 +1,7 @@
 """The `svsk` command."""
 
 import errno
+import os
 import signal
 import sys
 import traceback
@@ -118,12 +119,20 @@ def _interrupt(number: int, frame: Any) -> None:
 
 def _raise_again(unraisable: Any) -> None:
     """Python drops what is raised in a finalizer or a callback of garbage collection: interrupt once more,
-    a little later. And after a restore that failed, orbax's reads still in flight find their event loop
-    closed: that was said already."""
+    a little later."""
     if unraisable.exc_type is _Interrupted:
         signal.setitimer(signal.ITIMER_REAL, 0.01)
-    elif str(unraisable.exc_value) != "Event loop is closed":
+    elif not _is_of_a_failed_restore(unraisable):
         sys.__unraisablehook__(unraisable)
+
+
+def _is_of_a_failed_restore(unraisable: Any) -> bool:
+    """Reads that orbax left in flight, whose failure was reported: they find their event loop closed, or fail
+    unawaited."""
+    code = getattr(unraisable.object, "cr_code", None)
+    return str(unraisable.exc_value) == "Event loop is closed" or (
+        code is not None and f"{os.sep}orbax{os.sep}" in code.co_filename
+    )
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
