@@ -22,7 +22,7 @@ def _checkpointer() -> ocp.Checkpointer:
 
 def save(path: Path, parameters: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
     """Write a checkpoint to the folder `path`, replacing one that is there. It gets its name when it is whole
-    and on the disk; a process killed meanwhile leaves what it wrote under `.<name>`."""
+    and on the disk; what a process killed meanwhile leaves is named `.<name>…` and goes at the next try."""
     custom_metadata: Any = {
         "tensors": {name: describe(value) for name, value in parameters.items()},
         "sha256": {name: sha256(value) for name, value in parameters.items()},
@@ -30,7 +30,8 @@ def save(path: Path, parameters: Mapping[str, Any], metadata: Mapping[str, Any])
     }
     plain = {name: to_plain(value) for name, value in parameters.items()}
     staged = path.with_name(f".{path.name}")
-    shutil.rmtree(staged, ignore_errors=True)
+    for left in path.parent.glob(f"{staged.name}*"):
+        shutil.rmtree(left)
     with _checkpointer() as checkpointer:
         checkpointer.save(staged, args=ocp.args.PyTreeSave(plain, custom_metadata=custom_metadata))
     sync_tree(staged)

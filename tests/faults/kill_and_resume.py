@@ -165,8 +165,9 @@ def assert_same(expected: Path, actual: Path) -> None:
         pairs.append(tuple(model.layer(index, jnp.float32) for model in models))
     for pair in pairs:
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), *pair)
-    names = sorted(path.name for path in expected.iterdir())
-    assert names == sorted(path.name for path in actual.iterdir())
+    for part in ("svsk", "."):
+        names = sorted(path.name for path in (expected / part).iterdir())
+        assert names == sorted(path.name for path in (actual / part).iterdir())
     files = [name for name in names if (expected / name).is_file()]
     assert filecmp.cmpfiles(expected, actual, files, shallow=False) == (files, [], [])
 

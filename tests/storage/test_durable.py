@@ -74,10 +74,13 @@ def test_a_file_that_fails_leaves_nothing(tmp_path):
 def test_a_layer_is_written_again_and_damage_is_none(tmp_path):
     with writing(tmp_path / "out", overwrite=False) as writer:
         assert writer.read(0) is None
+        for left in (".layer_00000", ".layer_00000.orbax-checkpoint-tmp"):
+            (writer.folder / "svsk" / left / "junk").mkdir(parents=True)
         for value in (1.0, 2.0):
             writer.layer(0, {"w": jnp.full((2, 2), value)}, {"w": 0.25}, 0.5)
         layer = writer.read(0)
         assert layer is not None
+        assert [path.name for path in (writer.folder / "svsk").iterdir()] == ["layer_00000"]
         assert (layer.errors, layer.predicted_nats, writer.layers()) == ({"w": 0.25}, 0.5, 1)
         np.testing.assert_array_equal(layer.parameters["w"], np.full((2, 2), 2.0))
         for data in (writer.folder / "svsk").rglob("d/*"):
