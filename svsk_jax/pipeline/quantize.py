@@ -105,13 +105,10 @@ def quantize(
     watch = Stopwatch()
     dtype = default_dtype() if dtype is None else dtype
     settings = config.config if isinstance(config, Plan) else config
-    if statistics is None:
-        calibration = _only_what_is_needed(calibration or CalibrationConfig(), settings)
-    else:
+    calibration = _only_what_is_needed(calibration or CalibrationConfig(), settings)
+    if statistics is not None:
         statistics.check_model(source.fingerprint(), source.description)
-    measured_on = calibration if statistics is None else statistics
-    assert measured_on is not None
-    identity = run_identity(source, config, measured_on, recipe=recipe, dtype=dtype)
+    identity = run_identity(source, config, statistics or calibration, recipe=recipe, dtype=dtype)
     budget = predict(parameter_shapes(source.config), QUANTIZED_LINEARS, settings)
     with locked(output):
         recover(output)
@@ -121,7 +118,6 @@ def quantize(
             require_space(output, budget.total_bytes - _files_bytes(run.model.folder))
             if statistics is None:
                 if not run.has_statistics:
-                    assert calibration is not None
                     manifest = calibrate(
                         source,
                         run.statistics,
@@ -133,7 +129,6 @@ def quantize(
                     watch.seconds |= manifest["seconds"]
                     watch.restart()
                 statistics = Statistics.open(run.statistics)
-                statistics.check_model(source.fingerprint(), source.description)
             settings = within(settings, statistics)
             outer = source.outer(dtype)
             refuse_packed(source, outer)
