@@ -143,11 +143,15 @@ def _finish(process: subprocess.Popen[str]) -> None:
 def _reached(output: Path) -> str:
     """The last part of a run that is finished."""
     run = Run(output)
-    options = len(list(run.options.glob("*.safetensors")))
+    try:
+        options = len(list(run.options.glob("*.safetensors")))
+        drafts, layers = run.drafts.layers(), run.model.layers()
+    except FileNotFoundError:  # a folder was removed while it was looked at, as they are at the end
+        return "end"
     if output.exists():
         return "end"
-    if (layers := run.model.layers()) or (layers := run.drafts.layers()):
-        return f"layer {layers}{' polished' if run.model.layers() and run.drafts.layers() else ''}"
+    if drafts or layers:
+        return f"layer {layers or drafts}{' polished' if drafts and layers else ''}"
     if options:
         return f"options {options}"
     return "statistics" if run.has_statistics else "text" if run.text.is_file() else "nothing"
