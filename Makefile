@@ -11,12 +11,13 @@ GATE_WHEELS := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-cuobjdump==13.5.37 nvidia-c
 GATE_RUN = JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 PYTHONPATH="$$($(RUN)/python -c \
 	'import sysconfig; print(sysconfig.get_path("purelib"))')" $(GATE)/bin/python
 
-.PHONY: help demo test fuzz lint gate wheel clean
+.PHONY: help demo test fuzz faults lint gate wheel clean
 
 help:
 	@echo "make demo   quantize SmolLM2-135M, measure it, ask it something"
 	@echo "make test   run the tests"
 	@echo "make fuzz   read damaged files, 1,000 of each kind; SVSK_FUZZ=N for N"
+	@echo "make faults kill quantization 50 times at random moments, resume it, compare the bytes"
 	@echo "make lint   ruff and pyright"
 	@echo "make gate   compile the kernels for GPUs that are not here and check their machine code"
 	@echo "make wheel  build the wheel and try it outside the tree"
@@ -42,6 +43,9 @@ test: $(VENV)/.dev
 
 fuzz: $(VENV)/.dev
 	SVSK_FUZZ=$${SVSK_FUZZ:-1000} $(RUN)/python -m pytest -n 2 tests/fuzz
+
+faults: $(VENV)/.dev
+	$(RUN)/python tests/faults/kill_and_resume.py --kills 50
 
 lint: $(VENV)/.dev
 	$(RUN)/ruff format --check .

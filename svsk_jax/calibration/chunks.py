@@ -1,6 +1,9 @@
 """From the texts that a user names to chunks of a model's tokens."""
 
+import hashlib
 import warnings
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -8,7 +11,7 @@ from jax.typing import DTypeLike
 from svsk_jax.calibration.config import CalibrationConfig
 from svsk_jax.calibration.mixture import Chunks, cut_chunks, parse_mixture
 from svsk_jax.calibration.self_text import sample_tokens
-from svsk_jax.calibration.sources import HUB_SOURCES
+from svsk_jax.calibration.sources import HUB_SOURCES, SOURCES
 from svsk_jax.calibration.text import read_texts, tokenize
 from svsk_jax.model.source import ModelSource
 
@@ -18,6 +21,19 @@ ALIASES: dict[str, dict[str, float]] = {
     "mixture": {"documentation": 1, "code": 1, SELF: 1, **dict.fromkeys(HUB_SOURCES, 1.0)},
 }
 """Names for several sources, with the share of each."""
+
+
+def text_identity(calib: Sequence[str]) -> dict[str, float]:
+    """Weight of each text in `CalibrationConfig.calib`, a file by the SHA-256 of what is in it, so that two
+    runs on the same text can be told from two on different ones."""
+    identity: dict[str, float] = {}
+    for name, weight in parse_mixture(calib).items():
+        path = Path(name).expanduser()
+        if name not in {SELF, *ALIASES, *SOURCES} and path.is_file():
+            with path.open("rb") as file:
+                name = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+        identity[name] = identity.get(name, 0.0) + weight
+    return identity
 
 
 def calibration_chunks(source: ModelSource, calibration: CalibrationConfig, dtype: DTypeLike) -> Chunks:

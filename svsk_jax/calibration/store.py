@@ -2,14 +2,17 @@
 across recipes."""
 
 import dataclasses
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from svsk_jax.calibration.mixture import Chunks
 from svsk_jax.calibration.sensitivity import Sensitivities
 from svsk_jax.calibration.statistics import Moments
 from svsk_jax.calibration.stored_arrays import (
@@ -24,6 +27,7 @@ from svsk_jax.json_data import read_json_object
 from svsk_jax.model.config import ModelConfig
 from svsk_jax.quant.types import InputMoment, OutputSensitivity
 from svsk_jax.storage.atomic import write_json
+from svsk_jax.storage.durable import durable_file
 
 MANIFEST = "calibration.json"
 TOKENS = "tokens.safetensors"
@@ -42,6 +46,21 @@ def _sensitivity_file(folder: Path, index: int) -> Path:
 def write_tokens(folder: Path, ids: np.ndarray) -> None:
     """Store the chunks of tokens, int32 [chunks, length]."""
     save_file({"ids": np.ascontiguousarray(ids, np.int32)}, folder / TOKENS)
+
+
+def kept_chunks(path: Path, make: Callable[[], Chunks]) -> Chunks:
+    """The chunks that the file `path` keeps; where there is none, those that `make` gives, which are kept
+    there first."""
+    if path.is_file():
+        try:
+            with safe_open(path, framework="numpy") as file:
+                return Chunks(ids=file.get_tensor("ids"), counts=json.loads(file.metadata()["counts"]))
+        except SafetensorError:
+            path.unlink()
+    chunks = make()
+    with durable_file(path) as partial:
+        save_file({"ids": chunks.ids}, partial, metadata={"counts": json.dumps(dict(chunks.counts))})
+    return chunks
 
 
 def write_moments(folder: Path, index: int, moments: Moments) -> None:

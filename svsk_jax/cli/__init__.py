@@ -1,6 +1,7 @@
 """The `svsk` command."""
 
 import errno
+import os
 import signal
 import sys
 import traceback
@@ -22,6 +23,8 @@ from svsk_jax.cli.inspect import Inspect
 from svsk_jax.cli.plan import PlanRun
 from svsk_jax.cli.quantize import Quantize
 from svsk_jax.cli.tune_kernels import TuneKernels
+from svsk_jax.cli.verify import Verify
+from svsk_jax.pipeline.run import KEPT
 from svsk_jax.storage.atomic import write_json
 
 VERBS: dict[str, type[Verb]] = {
@@ -33,6 +36,7 @@ VERBS: dict[str, type[Verb]] = {
     "evaluate": Evaluate,
     "generate": Generate,
     "inspect": Inspect,
+    "verify": Verify,
     "export": Export,
     "demo": Demo,
     "tune-kernels": TuneKernels,
@@ -43,7 +47,7 @@ USER_ERROR, OTHER_ERROR = 2, 1
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, run the verb and exit: 0 when done, 2 for the user's mistake, 1 for anything
-    else."""
+    else, damage that `verify` finds among it."""
     command = tyro.extras.subcommand_cli_from_dict(
         VERBS,
         prog="svsk",
@@ -63,12 +67,14 @@ def main(arguments: list[str] | None = None) -> None:
         result = command.run()
         if command.json is not None:
             write_json(command.json, result)
+        status = command.status(result)
     except BaseException as error:
         if command.debug:
             traceback.print_exc()
         status, message = explain(error)
         if message:
             console.print(f"[bold red]error:[/] {escape(_printable(message))}", soft_wrap=True)
+    if status:
         sys.exit(status)
 
 
@@ -76,17 +82,21 @@ def explain(error: BaseException) -> tuple[int, str]:
     """Exit status and message for an error that ended a verb."""
     if isinstance(error, SystemExit):
         return (error.code if isinstance(error.code, int) else OTHER_ERROR), ""
+    kept = next((note for note in getattr(error, "__notes__", []) if note.startswith(KEPT)), None)
+    status, message = _explain(error, kept or "no output was left behind")
+    return status, message if kept is None or kept in message else f"{message}; {kept}"
+
+
+def _explain(error: BaseException, left: str) -> tuple[int, str]:
+    """Exit status and message, given what the run left."""
     if isinstance(error, KeyboardInterrupt):
-        return OTHER_ERROR, "interrupted; no output was left behind"
+        return OTHER_ERROR, f"interrupted; {left}"
     message = str(error) or type(error).__name__
     full = isinstance(error, OSError) and error.errno == errno.ENOSPC
     if full or "No space left on device" in message:
         return (
             OTHER_ERROR,
-            (
-                "the disk is full, no output was left behind: free some space or give another --output "
-                f"({message.splitlines()[0]})"
-            ),
+            f"the disk is full: free some space or give another --output; {left} ({message.splitlines()[0]})",
         )
     if isinstance(
         error, (ValueError, FileExistsError, FileNotFoundError, NotADirectoryError, NotImplementedError)
@@ -119,8 +129,17 @@ def _raise_again(unraisable: Any) -> None:
     a little later."""
     if unraisable.exc_type is _Interrupted:
         signal.setitimer(signal.ITIMER_REAL, 0.01)
-    else:
+    elif not _is_of_a_failed_restore(unraisable):
         sys.__unraisablehook__(unraisable)
+
+
+def _is_of_a_failed_restore(unraisable: Any) -> bool:
+    """Reads that orbax left in flight, whose failure was reported: they find their event loop closed, or fail
+    unawaited."""
+    code = getattr(unraisable.object, "cr_code", None)
+    return str(unraisable.exc_value) == "Event loop is closed" or (
+        code is not None and f"{os.sep}orbax{os.sep}" in code.co_filename
+    )
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -38,6 +38,10 @@ class Verb(ABC):
     def run(self) -> dict[str, Any]:
         """Do the work; returns the result as JSON data."""
 
+    def status(self, result: dict[str, Any]) -> int:
+        """Exit status of a run with this result."""
+        return 0
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelFlags:
@@ -56,7 +60,7 @@ class OutputFlags:
     output: Annotated[Path, tyro.conf.arg(aliases=("-o",))]
     """Folder to make."""
     overwrite: bool = False
-    """Replace an output folder of an earlier run."""
+    """Replace an output folder of an earlier run, finished or not."""
 
 
 def _bars() -> Progress:

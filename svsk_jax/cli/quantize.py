@@ -16,6 +16,8 @@ from svsk_jax.models import open_model
 class Quantize(RecipeFlags, OutputFlags, ModelFlags, Verb):
     """Quantize a model, layer by layer."""
 
+    resume: bool = False
+    """Go on with an unfinished run of this same command, to the same bytes; start it if there is none."""
     calib_stats: Path | None = None
     """Statistics that `svsk calibrate` wrote, instead of calibrating now."""
     calibration: CalibrationConfig = CalibrationConfig()
@@ -35,6 +37,7 @@ class Quantize(RecipeFlags, OutputFlags, ModelFlags, Verb):
                 calibration=self.calibration,
                 statistics=statistics,
                 overwrite=self.overwrite,
+                resume=self.resume,
                 on_progress=on_progress,
             )
         budget = result.budget

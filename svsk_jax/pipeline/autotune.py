@@ -1,23 +1,18 @@
 """Choose, for every linear, how it is stored: by predicted nats per byte over the whole model."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from svsk_jax.calibration.store import Statistics
 from svsk_jax.model.source import ModelSource
 from svsk_jax.pipeline.checks import default_dtype, refuse_packed
+from svsk_jax.pipeline.options import options_file, read_options, remove_options, write_options
 from svsk_jax.pipeline.plan import Choices, Plan, drafted, layer_options, spend
 from svsk_jax.pipeline.progress import OnProgress, Progress
 from svsk_jax.pipeline.quantize import within
@@ -86,11 +81,11 @@ def autotune(
     options: dict[str, list[Option]] = {}
     layers = source.config.num_layers
     for index in range(layers):
-        path = work / f"{key}-{index:05d}.safetensors"
-        measured = _read_options(path)
+        path = options_file(work, index, key)
+        measured = read_options(path)
         if measured is None:
             measured = layer_options(source, statistics, index, drafted(config), choices, dtype)
-            _write_options(path, measured)
+            write_options(path, measured)
         options |= measured
         if on_progress:
             on_progress(Progress(stage="autotune", layer=index + 1, layers=layers))
@@ -98,7 +93,7 @@ def autotune(
     plain = spend({name: [o for o in listed if _is_own(o, own)] for name, listed in options.items()}, config)
     # `allocate` is only nearly optimal: with more to choose from it may do a little worse.
     best = min(best, plain, key=lambda allocation: allocation.nats)
-    _remove_measurements(work)
+    remove_options(work)
     return Tuned(
         plan=Plan(recipe=recipe, config=config, tensors=best.plans, predicted_nats=best.nats),
         default=Plan(recipe=recipe, config=config, tensors=plain.plans, predicted_nats=plain.nats),
@@ -110,15 +105,6 @@ def autotune(
             ),
         },
     )
-
-
-def _remove_measurements(work: Path) -> None:
-    """Remove what `_write_options` wrote, and the folder if nothing else is in it."""
-    for pattern in ("*.safetensors", "*.partial"):
-        for path in work.glob(pattern):
-            path.unlink()
-    with contextlib.suppress(OSError):
-        work.rmdir()
 
 
 def _union(first: tuple, second: tuple) -> tuple:
@@ -143,47 +129,3 @@ def _key(
         dataclasses.asdict(choices),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _write_options(path: Path, options: Mapping[str, list[Option]]) -> None:
-    """Gains as tensors, everything else in the file's metadata; written aside, then renamed."""
-    arrays: dict[str, np.ndarray] = {}
-    records: list[dict[str, Any]] = []
-    for name, listed in options.items():
-        for option in listed:
-            record = {
-                field.name: getattr(option, field.name)
-                for field in dataclasses.fields(option)
-                if field.name != "gains"
-            }
-            arrays[str(len(records))] = np.ascontiguousarray(option.gains)
-            records.append({**record, "tile": dataclasses.asdict(option.tile), "path": name})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file(arrays, partial, metadata={"options": json.dumps(records)})
-    partial.rename(path)
-
-
-def _read_options(path: Path) -> dict[str, list[Option]] | None:
-    """What `_write_options` wrote; None where nothing is, or where it is damaged, as after a power cut."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="numpy") as file:
-            records = json.loads(file.metadata()["options"])
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError:
-        return None
-    options: dict[str, list[Option]] = {}
-    for index, record in enumerate(records):
-        name, pair = record.pop("path"), record.pop("coefficients")
-        tile, shape = TileShape(**record.pop("tile")), record.pop("shape")
-        option = Option(
-            **record,
-            coefficients=None if pair is None else (pair[0], pair[1]),
-            tile=tile,
-            shape=(shape[0], shape[1]),
-            gains=arrays[str(index)],
-        )
-        options.setdefault(name, []).append(option)
-    return options

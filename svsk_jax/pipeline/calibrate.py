@@ -11,6 +11,7 @@ from svsk_jax.calibration import store
 from svsk_jax.calibration.block_inputs import BlockInputs
 from svsk_jax.calibration.chunks import calibration_chunks
 from svsk_jax.calibration.config import CalibrationConfig
+from svsk_jax.calibration.mixture import Chunks
 from svsk_jax.calibration.passes import Walk
 from svsk_jax.model.config import ModelConfig
 from svsk_jax.model.parameters import LINEAR_INPUTS, layer_shapes
@@ -28,17 +29,28 @@ def calibrate(
     *,
     overwrite: bool = False,
     dtype: DTypeLike | None = None,
+    keep_text: Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """Measure the second moments of every linear's input and the model's sensitivity to its output, and store
     them under `output` for `quantize`.
+
+    Args:
+        source: the unquantized model.
+        output: folder to make; it appears only when whole.
+        calibration: the text, and what is measured on it.
+        overwrite: replace statistics that svsk wrote.
+        dtype: of the activations; default f32 on CPU, bf16 elsewhere.
+        keep_text: file that keeps the chunks of tokens; those that an earlier run left there are taken as
+            they are.
+        on_progress: called after each layer of each pass.
 
     Returns:
         The manifest: model, text, chunks and wall time by stage.
 
     Raises:
         ValueError: text too short, model already quantized.
-        FileExistsError: `output` exists.
+        FileExistsError: `output` exists, or another run is writing to it.
         OSError: too little disk space.
     """
     watch = Stopwatch()
@@ -48,7 +60,7 @@ def calibrate(
         outer = source.outer(dtype)
         refuse_packed(source, outer)
         watch.lap("load")
-        chunks = calibration_chunks(source, calibration, dtype)
+        chunks = _chunks(source, calibration, dtype, keep_text)
         store.write_tokens(folder, chunks.ids)
         watch.lap("text")
         layers = source.config.num_layers
@@ -88,6 +100,15 @@ def calibrate(
         }
         store.finish(folder, manifest)
     return manifest
+
+
+def _chunks(
+    source: ModelSource, calibration: CalibrationConfig, dtype: DTypeLike, keep_text: Path | None
+) -> Chunks:
+    def make() -> Chunks:
+        return calibration_chunks(source, calibration, dtype)
+
+    return make() if keep_text is None else store.kept_chunks(keep_text, make)
 
 
 def _public_name(name: str) -> str:

@@ -1,9 +1,8 @@
 """Quantize a model."""
 
 import dataclasses
-import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +11,25 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels.svsk_matmul import Int8Weight
-from pallas_kernels.svsk_matmul.reference import dequantize
 from svsk_jax.calibration.config import CalibrationConfig
-from svsk_jax.calibration.statistics import Moments
 from svsk_jax.calibration.store import Statistics
-from svsk_jax.model.parameters import LINEAR_INPUTS, QUANTIZED_LINEARS, parameter_shapes
+from svsk_jax.model.parameters import QUANTIZED_LINEARS, parameter_shapes
 from svsk_jax.model.source import ModelSource
 from svsk_jax.pipeline.calibrate import calibrate
 from svsk_jax.pipeline.checks import check_weight, default_dtype, refuse_packed, require_space
+from svsk_jax.pipeline.identity import run_identity
 from svsk_jax.pipeline.metadata import origin
-from svsk_jax.pipeline.plan import Plan, layer_metrics, plan_model
+from svsk_jax.pipeline.plan import Plan, plan_model
 from svsk_jax.pipeline.polish import polish
 from svsk_jax.pipeline.progress import OnProgress, Progress, Stopwatch, geometric_mean
+from svsk_jax.pipeline.quantize_layer import layer_errors, quantize_layer
+from svsk_jax.pipeline.run import discard, run_folder, unfinished_run
 from svsk_jax.quant.budget import Budget, predict
-from svsk_jax.quant.error import layer_error
 from svsk_jax.quant.int8 import quantize_int8
-from svsk_jax.quant.joint import quantize_joint
-from svsk_jax.quant.linear import quantize_linear
 from svsk_jax.quant.types import QuantConfig
-from svsk_jax.storage.atomic import check_output
-from svsk_jax.storage.checkpoint import MARKER, writing
+from svsk_jax.storage.atomic import recover
+from svsk_jax.storage.checkpoint import ModelWriter, SavedModel, StoredLayer, is_saved_model
+from svsk_jax.storage.lock import locked
 
 EMBEDDING_SLAB = 16384
 """Rows of an embedding that are quantized at once."""
@@ -74,10 +72,16 @@ def quantize(
     calibration: CalibrationConfig | None = None,
     statistics: Statistics | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     dtype: DTypeLike | None = None,
     on_progress: OnProgress | None = None,
 ) -> QuantizeResult:
     """Quantize a model into the folder `output`, layer by layer.
+
+    Every finished layer is on the disk, beside `output` (`pipeline.run`), before the next one is begun. When
+    the run ends early, in whatever way, it can be taken up with `resume`: the result is the same bytes.
+    Finished are then the text, calibration as a whole, each layer's options, and each layer; calibration that
+    was not complete and polish are done again.
 
     Args:
         source: the unquantized model.
@@ -86,104 +90,192 @@ def quantize(
         recipe: its name, for the metadata.
         calibration: text to calibrate on, unless `statistics` of an earlier run are given.
         statistics: from `calibrate` on the same model.
-        overwrite: replace a model that svsk wrote.
+        overwrite: replace a model that svsk wrote, or an unfinished run.
+        resume: go on with an unfinished run of the same model, text, recipe and versions, if there is one. A
+            finished one is left as it is.
         dtype: of the calibration passes; default f32 on CPU, bf16 elsewhere.
         on_progress: called after each layer of each stage.
 
     Raises:
         ValueError: text too short, statistics of another model or too poor for the recipe, model already
-            quantized, bad weights.
-        FileExistsError: `output` exists.
+            quantized, bad weights, an unfinished run of something else.
+        FileExistsError: `output` exists, an unfinished run for it does, or another run is writing to it.
         OSError: too little disk space.
     """
     watch = Stopwatch()
     dtype = default_dtype() if dtype is None else dtype
-    check_output(output, overwrite, MARKER)
     settings = config.config if isinstance(config, Plan) else config
     if isinstance(config, Plan):
         config.check_model(source.config)
-    budget = predict(parameter_shapes(source.config), QUANTIZED_LINEARS, settings)
-    require_space(output, budget.total_bytes)
-    with tempfile.TemporaryDirectory(prefix=".statistics-", dir=_existing_parent(output)) as scratch:
-        if statistics is None:
-            calibration = _only_what_is_needed(calibration or CalibrationConfig(), settings)
-            manifest = calibrate(
-                source, Path(scratch) / "run", calibration, dtype=dtype, on_progress=on_progress
-            )
-            statistics = Statistics.open(Path(scratch) / "run")
-            watch.seconds |= manifest["seconds"]
-            watch.restart()
+    calibration = _only_what_is_needed(calibration or CalibrationConfig(), settings)
+    if statistics is not None:
         statistics.check_model(source.fingerprint(), source.description)
-        statistics.check_layers(source.config)
-        settings = within(settings, statistics)
-        with writing(output, overwrite=overwrite) as writer:
+    identity = run_identity(source, config, statistics or calibration, recipe=recipe, dtype=dtype)
+    budget = predict(parameter_shapes(source.config), QUANTIZED_LINEARS, settings)
+    with locked(output):
+        recover(output)
+        if resume and (finished := _finished(output, identity, budget)):
+            return finished
+        with unfinished_run(output, identity, overwrite=overwrite, resume=resume) as run:
+            require_space(output, budget.total_bytes - _files_bytes(run.model.folder))
+            if statistics is None:
+                if not run.has_statistics:
+                    manifest = calibrate(
+                        source,
+                        run.statistics,
+                        calibration,
+                        dtype=dtype,
+                        keep_text=run.text,
+                        on_progress=on_progress,
+                    )
+                    watch.seconds |= manifest["seconds"]
+                    watch.restart()
+                statistics = Statistics.open(run.statistics)
+            statistics.check_layers(source.config)
+            settings = within(settings, statistics)
             outer = source.outer(dtype)
             refuse_packed(source, outer)
             watch.lap("load")
             stored_outer = _store_outer(outer, settings)
             del outer
-            stored_bytes = _nbytes(stored_outer)
             watch.lap("quantize")
             if isinstance(config, Plan):
                 plan = config
             else:
                 plan = plan_model(
-                    source, statistics, settings, recipe=recipe, dtype=dtype, on_progress=on_progress
+                    source,
+                    statistics,
+                    settings,
+                    recipe=recipe,
+                    dtype=dtype,
+                    work=run.options,
+                    on_progress=on_progress,
                 )
             watch.lap("plan")
-            errors: dict[str, float] = {}
-            predicted, linear_bytes = 0.0, 0
-            held_back: list[dict[str, Any]] = []
+            totals = _Totals(total_bytes=_nbytes(stored_outer))
+            drafts: list[dict[str, Any]] = []
+            writer = run.drafts if settings.polish else run.model
             for index in range(source.config.num_layers):
-                parameters = source.layer(index, dtype)
+                layer = writer.read(index)
                 watch.lap("load")
-                stored, layer_errors, layer_nats = _quantize_layer(parameters, statistics, index, plan)
-                watch.lap("quantize")
+                if layer is None:
+                    parameters = source.layer(index, dtype)
+                    watch.lap("load")
+                    layer = quantize_layer(parameters, statistics, index, plan)
+                    watch.lap("quantize")
+                    writer.layer(index, layer.parameters, layer.errors, layer.predicted_nats)
+                    watch.lap("write")
+                totals.add(index, layer)
                 if settings.polish:
-                    held_back.append(stored)
-                else:
-                    writer.layer(index, stored, layer_errors)
-                watch.lap("write")
-                errors |= {f"layers.{index}.{name}": error for name, error in layer_errors.items()}
-                predicted += layer_nats
-                linear_bytes += sum(stored[f"{name}.weight"].nbytes for name in QUANTIZED_LINEARS)
-                stored_bytes += _nbytes(stored)
+                    drafts.append(layer.parameters)
                 if on_progress:
-                    mean = geometric_mean(list(errors.values()))
+                    mean = geometric_mean(list(totals.errors.values()))
                     layers = source.config.num_layers
                     on_progress(Progress(stage="quantize", layer=index + 1, layers=layers, error=mean))
             if settings.polish:
-                polished = polish(source, held_back, statistics.tokens(), settings.polish, dtype, on_progress)
-                for index, stored in enumerate(polished):
-                    layer_errors = _layer_errors(source.layer(index, dtype), stored, statistics.layer(index))
-                    errors |= {f"layers.{index}.{name}": error for name, error in layer_errors.items()}
-                    writer.layer(index, stored, layer_errors)
+                totals.errors |= _polished_errors(
+                    run.model, source, drafts, statistics, settings.polish, dtype, on_progress
+                )
                 watch.lap("polish")
-            actual = dataclasses.replace(budget, linear_bytes=linear_bytes, total_bytes=stored_bytes)
+            actual = dataclasses.replace(
+                budget, linear_bytes=totals.linear_bytes, total_bytes=totals.total_bytes
+            )
+            known = statistics.has_sensitivity and settings.needs_sensitivity
+            predicted = totals.predicted_nats if known else None
             metadata = {
                 "recipe": recipe,
                 "quant_config": dataclasses.asdict(settings),
                 "calibration": dict(statistics.manifest["text"]),
                 "bits": {"decoder_linears": actual.linear_bits, "whole_file": actual.total_bits},
                 "bytes": {"decoder_linears": actual.linear_bytes, "whole_file": actual.total_bytes},
+                "predicted_nats": predicted,
+                "run": identity,
                 **origin(source),
             }
-            writer.outer(stored_outer, source, metadata)
+            run.model.outer(stored_outer, source, metadata)
+            run.finish()
             watch.lap("write")
-    known = statistics.has_sensitivity and settings.needs_sensitivity
     return QuantizeResult(
         output=output,
         budget=actual,
-        errors=errors,
-        predicted_nats=predicted if known else None,
+        errors=totals.errors,
+        predicted_nats=predicted,
         seconds=watch.seconds,
     )
 
 
-def _existing_parent(output: Path) -> Path:
-    parent = output.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    return parent
+@dataclasses.dataclass(kw_only=True)
+class _Totals:
+    """Sums over the layers so far."""
+
+    total_bytes: int
+    linear_bytes: int = 0
+    predicted_nats: float = 0.0
+    errors: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def add(self, index: int, layer: StoredLayer) -> None:
+        self.errors |= _named(index, layer.errors)
+        self.predicted_nats += layer.predicted_nats
+        self.linear_bytes += sum(layer.parameters[f"{name}.weight"].nbytes for name in QUANTIZED_LINEARS)
+        self.total_bytes += _nbytes(layer.parameters)
+
+
+def _named(index: int, errors: Mapping[str, float]) -> dict[str, float]:
+    return {f"layers.{index}.{name}": error for name, error in errors.items()}
+
+
+def _finished(output: Path, identity: Mapping[str, Any], budget: Budget) -> QuantizeResult | None:
+    """The result of this very run, if it had finished; what its end left to remove is removed."""
+    if not is_saved_model(output):
+        return None
+    saved = SavedModel(output)
+    if saved.metadata.get("run") != identity:
+        return None
+    discard(run_folder(output))
+    errors: dict[str, float] = {}
+    for index in range(saved.config.num_layers):
+        errors |= _named(index, saved.layer_metadata(index)["errors"])
+    stored = saved.metadata["bytes"]
+    return QuantizeResult(
+        output=output,
+        budget=dataclasses.replace(
+            budget, linear_bytes=stored["decoder_linears"], total_bytes=stored["whole_file"]
+        ),
+        errors=errors,
+        predicted_nats=saved.metadata["predicted_nats"],
+        seconds={},
+    )
+
+
+def _polished_errors(
+    writer: ModelWriter,
+    source: ModelSource,
+    drafts: Sequence[dict[str, Any]],
+    statistics: Statistics,
+    steps: int,
+    dtype: DTypeLike,
+    on_progress: OnProgress | None,
+) -> dict[str, float]:
+    """Polish the layers and store them, unless all are stored; their layer errors by full path."""
+    stored = [writer.read(index) for index in range(len(drafts))]
+    errors: dict[str, float] = {}
+    if all(stored):
+        for index, layer in enumerate(stored):
+            assert layer is not None
+            errors |= _named(index, layer.errors)
+        return errors
+    # Two polishes of one model may differ in their last bits: all layers come from the same one.
+    writer.clear()
+    for index, layer in enumerate(polish(source, drafts, statistics.tokens(), steps, dtype, on_progress)):
+        found = layer_errors(source.layer(index, dtype), layer, statistics.layer(index))
+        errors |= _named(index, found)
+        writer.layer(index, layer, found)
+    return errors
+
+
+def _files_bytes(folder: Path) -> int:
+    """Bytes of the files below a folder; 0 where there is none."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _only_what_is_needed(calibration: CalibrationConfig, config: QuantConfig) -> CalibrationConfig:
@@ -210,51 +302,6 @@ def within(config: QuantConfig, statistics: Statistics) -> QuantConfig:
         )
         return config.without_sensitivity()
     return config
-
-
-def _quantize_layer(
-    parameters: Mapping[str, Any], statistics: Statistics, index: int, plan: Plan
-) -> tuple[dict[str, Any], dict[str, float], float]:
-    """The stored parameters of a layer, the layer error of each of its linears, and their predicted nats."""
-    linears = {f"{name}.weight": name for name in QUANTIZED_LINEARS}
-    stored: dict[str, Any] = {
-        path: jnp.asarray(value, jnp.float32) for path, value in parameters.items() if path not in linears
-    }
-    moments = statistics.layer(index)
-    strong = plan.config.scales == "two_level"
-    metrics = layer_metrics(statistics, index, parameters, plan.config) if strong else {}
-    errors: dict[str, float] = {}
-    predicted = 0.0
-    for path, name in linears.items():
-        dense = check_weight(jnp.asarray(parameters[path], jnp.float32), f"layers.{index}.{path}")
-        moment = moments[LINEAR_INPUTS[name]]
-        if strong:
-            result = quantize_joint(
-                dense, *metrics[name], plan.tensors[f"layers.{index}.{name}"], plan.config
-            )
-            stored[path], restored = result.weight, result.restored
-            predicted += result.nats
-        else:
-            stored[path] = quantize_linear(dense, moment, plan.config)
-            restored = dequantize(stored[path])
-        errors[name] = float(layer_error(dense, restored, moment))
-    return stored, errors, predicted
-
-
-def _layer_errors(
-    parameters: Mapping[str, Any], stored: Mapping[str, Any], moments: Moments
-) -> dict[str, float]:
-    """The layer error of each linear of a stored layer."""
-    return {
-        name: float(
-            layer_error(
-                jnp.asarray(parameters[f"{name}.weight"], jnp.float32),
-                dequantize(stored[f"{name}.weight"]),
-                moments[LINEAR_INPUTS[name]],
-            )
-        )
-        for name in QUANTIZED_LINEARS
-    }
 
 
 def quantize_embedding(W: Any) -> Int8Weight:

@@ -1,5 +1,6 @@
 """Running a model: generation, sampling and chat."""
 
+from svsk_jax.runtime.batch import generate_batch
 from svsk_jax.runtime.chat import chat, encode_chat, encode_prompt, stop_ids
 from svsk_jax.runtime.generate import GenerationResult, TextGenerator, TextStream
 from svsk_jax.runtime.sampling import SamplingConfig, sample
@@ -12,6 +13,7 @@ __all__ = [
     "chat",
     "encode_chat",
     "encode_prompt",
+    "generate_batch",
     "sample",
     "stop_ids",
 ]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -112,6 +112,20 @@ class TextGenerator:
             ValueError: an empty prompt, one that leaves no room, ids outside the vocabulary, or max_tokens
                 below 1.
         """
+        budget = self.check(prompt_ids, max_tokens)
+        return TextStream(self._pieces(list(prompt_ids), budget, sampling or SamplingConfig()))
+
+    def generate(
+        self, prompt_ids: Sequence[int], *, max_tokens: int = 256, sampling: SamplingConfig | None = None
+    ) -> GenerationResult:
+        """`stream` to its end."""
+        stream = self.stream(prompt_ids, max_tokens=max_tokens, sampling=sampling)
+        for _ in stream:
+            pass
+        return stream.result
+
+    def check(self, prompt_ids: Sequence[int], max_tokens: int) -> int:
+        """How many tokens may follow a prompt; ValueError as `stream` raises it."""
         if max_tokens < 1:
             raise ValueError(f"--max-tokens must be at least 1, got {max_tokens}")
         if len(prompt_ids) == 0:
@@ -126,37 +140,40 @@ class TextGenerator:
                 f"the prompt has token ids from {min(prompt_ids)} to {max(prompt_ids)}, the vocabulary is "
                 f"{self.config.vocab_size}; use the tokenizer that belongs to the model"
             )
-        budget = min(max_tokens, self.capacity - len(prompt_ids))
-        return TextStream(self._pieces(list(prompt_ids), budget, sampling or SamplingConfig()))
+        return min(max_tokens, self.capacity - len(prompt_ids))
 
-    def generate(
-        self, prompt_ids: Sequence[int], *, max_tokens: int = 256, sampling: SamplingConfig | None = None
-    ) -> GenerationResult:
-        """`stream` to its end."""
-        stream = self.stream(prompt_ids, max_tokens=max_tokens, sampling=sampling)
-        for _ in stream:
-            pass
-        return stream.result
+    def prefill(
+        self, prompt_ids: Sequence[int], sampling: SamplingConfig
+    ) -> tuple[float, jax.Array, steps.State]:
+        """Seconds that a prompt took, the token after it, int32 [1, 1], and the state."""
+        padded = np.zeros((1, steps.prefill_bucket(len(prompt_ids), self.capacity)), np.int32)
+        padded[0, : len(prompt_ids)] = prompt_ids
+        key = jax.random.key(sampling.seed)
+        prompt = (self._leaves, jnp.asarray(padded), jnp.int32(len(prompt_ids)), key, sampling.numbers)
+        # Lowering and compiling fills jit's cache, so that the timed call finds everything compiled.
+        self._prefill.lower(*prompt).compile()
+        start = time.perf_counter()
+        tokens, state = self._prefill(*prompt)
+        tokens.block_until_ready()
+        seconds = time.perf_counter() - start
+        return seconds, tokens, state._replace(lengths=state.lengths[None]) if self.fused else state
+
+    def step(
+        self, state: steps.State, sampling: SamplingConfig
+    ) -> Callable[[steps.State], tuple[jax.Array, steps.State]]:
+        """The compiled step for states like this one: tokens, int32 [burst, b], and the next state. It takes
+        the state's place in memory."""
+        static: dict[str, Any] = {"greedy": sampling.temperature == 0} if self.fused else {}
+        key, numbers = jax.random.key(sampling.seed), sampling.numbers
+        self._step.lower(self._leaves, state, key, numbers, **static).compile()
+        return lambda state: self._step(self._leaves, state, key, numbers, **static)
 
     def _pieces(
         self, prompt_ids: list[int], budget: int, sampling: SamplingConfig
     ) -> Generator[str, None, GenerationResult]:
         detokenizer = Detokenizer(self.tokenizer, prompt_ids)
-        numbers, key = sampling.numbers, jax.random.key(sampling.seed)
-        padded = np.zeros((1, steps.prefill_bucket(len(prompt_ids), self.capacity)), np.int32)
-        padded[0, : len(prompt_ids)] = prompt_ids
-        prompt = (self._leaves, jnp.asarray(padded), jnp.int32(len(prompt_ids)), key, numbers)
-        # Lowering and compiling fills jit's cache, so that the timed calls find everything compiled.
-        self._prefill.lower(*prompt).compile()
-        start = time.perf_counter()
-        tokens, state = self._prefill(*prompt)
-        tokens.block_until_ready()
-        prefill_seconds = time.perf_counter() - start
-        static: dict[str, Any] = {}
-        if self.fused:
-            state, static = state._replace(lengths=state.lengths[None]), {"greedy": sampling.temperature == 0}
-        if budget > 1:
-            self._step.lower(self._leaves, state, key, numbers, **static).compile()
+        prefill_seconds, tokens, state = self.prefill(prompt_ids, sampling)
+        step = self.step(state, sampling) if budget > 1 else None
 
         ids: list[int] = []
         pieces: list[str] = []
@@ -165,7 +182,7 @@ class TextGenerator:
         start = time.perf_counter()
         while finish_reason != "stop" and len(ids) < budget:
             # The next step runs while these tokens are fetched and shown; one after a stop token is wasted.
-            ahead = self._step(self._leaves, state, key, numbers, **static) if made < budget else None
+            ahead = step(state) if step is not None and made < budget else None
             for token_id in np.asarray(tokens)[: budget - len(ids), 0].tolist():
                 if token_id in self.stop_ids:
                     finish_reason = "stop"

@@ -9,17 +9,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from svsk_jax.storage.durable import rename, sync_tree
+from svsk_jax.storage.lock import locked
+
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON to a temporary file beside `path`, then rename."""
+    """Write JSON to a temporary file beside `path`, sync it, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             json.dump(value, file, indent=2, ensure_ascii=False)
             file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
         os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
+        rename(Path(name), path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
@@ -53,24 +58,46 @@ def check_output(output: Path, overwrite: bool, marker: str) -> None:
 @contextmanager
 def output_folder(output: Path, *, overwrite: bool, marker: str) -> Iterator[Path]:
     """A temporary folder beside `output` that takes its name when the block ends well, and is removed when
-    it does not."""
-    check_output(output, overwrite, marker)
+    it does not. What a process that was killed left of one is removed first.
+
+    Raises:
+        FileExistsError: `output` exists and is not to be overwritten, or another run is writing to it.
+    """
     output = output.absolute()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.partial-"))
-    try:
-        yield partial
-        os.chmod(partial, 0o777 & ~_umask())
-        if output.exists():
-            discarded = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.replaced-"))
-            os.replace(output, discarded / "old")
-            os.replace(partial, output)
-            shutil.rmtree(discarded)
-        else:
-            os.replace(partial, output)
-    except BaseException:
+    with locked(output):
+        recover(output)
+        check_output(output, overwrite, marker)
+        partial = output.parent / f".{output.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        raise
+        partial.mkdir()
+        try:
+            yield partial
+            place(partial, output)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def place(partial: Path, output: Path) -> None:
+    """Sync a finished folder and give it the name `output`; what had that name before is removed."""
+    sync_tree(partial)
+    if output.exists():
+        rename(output, _replaced(output))
+    rename(partial, output)
+    shutil.rmtree(_replaced(output), ignore_errors=True)
+
+
+def recover(output: Path) -> None:
+    """Put right what a `place` that was cut short left: the old folder comes back, unless the new one is
+    there."""
+    replaced = _replaced(output)
+    if replaced.exists() and not output.exists():
+        rename(replaced, output)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _replaced(output: Path) -> Path:
+    return output.parent / f".{output.name}.replaced"
 
 
 def _umask() -> int:

@@ -6,8 +6,10 @@ out/svsk/outer            embedding, final norm, head; its custom metadata descr
 out/svsk/layer_00000      one decoder layer; its custom metadata describe its tensors
 """
 
+import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from transformers import PreTrainedTokenizerBase
 
@@ -25,15 +26,16 @@ from svsk_jax.json_data import from_json, read_json_object
 from svsk_jax.model.config import ModelConfig
 from svsk_jax.model.parameters import layer_shapes, outer_shapes
 from svsk_jax.model.source import ModelSource
+from svsk_jax.storage import arrays
 from svsk_jax.storage.atomic import output_folder, write_json
 from svsk_jax.storage.described import check_described
-from svsk_jax.storage.packing import abstract, describe, from_plain, to_plain
 from svsk_jax.tokenizer_files import load_tokenizer
 
 FORMAT = 1
 ARRAYS = "svsk"
+OUTER = "outer"
 AGAIN = "the model is damaged, make it again"
-MARKER = f"{ARRAYS}/outer/_CHECKPOINT_METADATA"
+MARKER = f"{ARRAYS}/{OUTER}/_CHECKPOINT_METADATA"
 
 
 def is_saved_model(path: Path) -> bool:
@@ -41,46 +43,83 @@ def is_saved_model(path: Path) -> bool:
     return (path / MARKER).is_file()
 
 
-def _layer_name(index: int) -> str:
+def checkpoint_paths(folder: Path, layers: int) -> dict[str, Path]:
+    """The checkpoints of a model in `folder`, by the prefix that their tensors' names have in the model."""
+    names = {"": OUTER} | {f"layers.{index}.": layer_name(index) for index in range(layers)}
+    return {prefix: folder / ARRAYS / name for prefix, name in names.items()}
+
+
+def layer_name(index: int) -> str:
+    """The folder of a decoder layer's checkpoint."""
     return f"layer_{index:05d}"
 
 
-def _checkpointer() -> ocp.Checkpointer:
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredLayer:
+    """A decoder layer as it is stored."""
+
+    parameters: dict[str, Any]
+    """By path within the layer."""
+    errors: dict[str, float]
+    """Layer error of each of its linears; empty where none was quantized."""
+    predicted_nats: float = 0.0
+    """Predicted KL divergence per token of these errors together; 0 where it was not predicted."""
 
 
 class ModelWriter:
-    """Writes a model piece by piece into the folder that `writing` hands it."""
+    """Writes a model piece by piece into a folder. Each piece is on the disk, whole, once it is written."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
-
-    def _save(self, name: str, parameters: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
-        tensors = {path: describe(value) for path, value in parameters.items()}
-        plain = {path: to_plain(value) for path, value in parameters.items()}
-        custom_metadata: Any = {"tensors": tensors, **metadata}
-        with _checkpointer() as checkpointer:
-            checkpointer.save(
-                self.folder / ARRAYS / name,
-                args=ocp.args.PyTreeSave(plain, custom_metadata=custom_metadata),
-            )
+        self.folder = folder.absolute()
 
     def layer(
-        self, index: int, parameters: Mapping[str, Any], errors: Mapping[str, float] | None = None
+        self,
+        index: int,
+        parameters: Mapping[str, Any],
+        errors: Mapping[str, float] | None = None,
+        predicted_nats: float = 0.0,
     ) -> None:
         """Store one decoder layer, its parameters named by path within the layer, with the layer errors of
-        its linears."""
-        self._save(_layer_name(index), parameters, {"errors": dict(errors or {})})
+        its linears and the KL divergence per token that is predicted of them together."""
+        metadata = {"errors": dict(errors or {}), "predicted_nats": predicted_nats}
+        arrays.save(self._path(index), parameters, metadata)
+
+    def read(self, index: int) -> StoredLayer | None:
+        """A layer that was stored before; None where there is none, or where it is damaged."""
+        path = self._path(index)
+        if not path.is_dir():
+            return None
+        try:
+            metadata = arrays.read_metadata(path)
+            layer = StoredLayer(
+                parameters=arrays.restore(path, metadata),
+                errors=metadata["errors"],
+                predicted_nats=metadata["predicted_nats"],
+            )
+        except (ValueError, KeyError):
+            return None
+        return None if arrays.differing(layer.parameters, metadata) else layer
+
+    def layers(self) -> int:
+        """How many layers were stored."""
+        return len(list((self.folder / ARRAYS).glob("layer_*")))
+
+    def clear(self) -> None:
+        """Remove all layers."""
+        shutil.rmtree(self.folder / ARRAYS, ignore_errors=True)
 
     def outer(self, parameters: Mapping[str, Any], source: ModelSource, metadata: Mapping[str, Any]) -> None:
-        """Store what is outside the layers, the model's metadata, config.json, generation_config.json and
-        the tokenizer."""
-        header = {"format": FORMAT, "model_config": source.config.to_dict(), **metadata}
-        self._save("outer", parameters, header)
+        """Store config.json, generation_config.json, the tokenizer, and last, since it makes the folder a
+        model, what is outside the layers with the model's metadata."""
         write_json(self.folder / "config.json", source.hf_config)
         if source.generation_config:
             write_json(self.folder / "generation_config.json", source.generation_config)
         source.tokenizer().save_pretrained(str(self.folder))
+        header = {"format": FORMAT, "model_config": source.config.to_dict(), **metadata}
+        arrays.save(self.folder / ARRAYS / OUTER, parameters, header)
+
+    def _path(self, index: int) -> Path:
+        return self.folder / ARRAYS / layer_name(index)
 
 
 @contextmanager
@@ -88,7 +127,7 @@ def writing(output: Path, *, overwrite: bool) -> Iterator[ModelWriter]:
     """A writer whose model appears under `output` when the block ends well, and nothing otherwise.
 
     Raises:
-        FileExistsError: `output` exists and is not to be overwritten.
+        FileExistsError: `output` exists and is not to be overwritten, or another run is writing to it.
     """
     with output_folder(output, overwrite=overwrite, marker=MARKER) as partial:
         yield ModelWriter(partial)
@@ -111,7 +150,7 @@ class SavedModel:
         if not is_saved_model(folder):
             raise ValueError(f"{folder}: not a model that svsk saved (no {MARKER})")
         self.folder, self.mesh = folder, mesh
-        self.metadata = self._metadata("outer")
+        self.metadata = self._metadata(OUTER)
         if self.metadata.get("format") != FORMAT:
             raise ValueError(
                 f"{folder}: stored in format {self.metadata.get('format')}, this svsk-jax reads "
@@ -128,15 +167,15 @@ class SavedModel:
 
     def layer_metadata(self, index: int) -> dict[str, Any]:
         """Tensor descriptions and layer errors of one decoder layer."""
-        return self._described(_layer_name(index))
+        return self._described(layer_name(index))
 
     def outer(self, dtype: DTypeLike) -> dict[str, Any]:
         """Parameters outside the layers, by full path; dense ones in `dtype`."""
-        return self._restore("outer", dtype)
+        return self._restore(OUTER, dtype)
 
     def layer(self, index: int, dtype: DTypeLike) -> dict[str, Any]:
         """Parameters of one decoder layer, by path within it; dense ones in `dtype`."""
-        return self._restore(_layer_name(index), dtype)
+        return self._restore(layer_name(index), dtype)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The stored tokenizer."""
@@ -152,54 +191,17 @@ class SavedModel:
         return self.folder
 
     def _metadata(self, name: str) -> dict[str, Any]:
-        path = self.folder / ARRAYS / name
-        try:
-            with _checkpointer() as checkpointer:
-                metadata = checkpointer.metadata(path).item_metadata.custom_metadata
-        except Exception as error:  # orbax raises many kinds on damaged files
-            raise ValueError(
-                f"{path}: no readable metadata ({error!r}); the model is damaged, make it again"
-            ) from error
-        if not isinstance(metadata, dict) or "tensors" not in metadata:
-            raise ValueError(
-                f"{path}: no metadata of svsk in the checkpoint; the model is damaged, make it again"
-            )
-        return metadata
+        return arrays.read_metadata(self.folder / ARRAYS / name)
 
     def _described(self, name: str) -> dict[str, Any]:
         """The metadata of one checkpoint, checked against the model's shapes."""
-        shapes = outer_shapes(self.config) if name == "outer" else layer_shapes(self.config)
+        shapes = outer_shapes(self.config) if name == OUTER else layer_shapes(self.config)
         metadata = self._metadata(name)
         check_described(metadata, shapes, self.folder / ARRAYS / name)
         return metadata
 
-    def _sharding(self, leaf: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
-        if self.mesh is None:
-            return SingleDeviceSharding(jax.local_devices()[0])
-        axis = self.mesh.axis_names[0]
-        divides = leaf.ndim == 2 and leaf.shape[0] % self.mesh.shape[axis] == 0
-        return NamedSharding(self.mesh, PartitionSpec(axis) if divides else PartitionSpec())
-
     def _restore(self, name: str, dtype: DTypeLike) -> dict[str, Any]:
-        likes = {path: abstract(tensor) for path, tensor in self._described(name)["tensors"].items()}
-        plain = {path: to_plain(like) for path, like in likes.items()}
-        target = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._sharding(leaf)), plain
-        )
-        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-        try:
-            with _checkpointer() as checkpointer:
-                restored = checkpointer.restore(
-                    self.folder / ARRAYS / name,
-                    args=ocp.args.PyTreeRestore(item=target, restore_args=restore_args),
-                )
-        except Exception as error:  # orbax and tensorstore raise many kinds on damaged files
-            summary = (str(error) or type(error).__name__).splitlines()[0]
-            raise ValueError(
-                f"{self.folder / ARRAYS / name}: cannot be restored ({summary}); the model is damaged, "
-                "make it again"
-            ) from error
-        values = {path: from_plain(restored[path], like) for path, like in likes.items()}
+        values = arrays.restore(self.folder / ARRAYS / name, self._described(name), mesh=self.mesh)
         return {
             path: value.astype(jnp.dtype(dtype)) if isinstance(value, jax.Array) else value
             for path, value in values.items()

@@ -235,6 +235,11 @@ def test_other_errors_have_their_own_status():
     assert (status, "disk is full" in message) == (1, True)
     assert explain(ConnectionError("hub"))[0] == 1
     assert explain(ValueError("yours"))[0] == 2
+    full = OSError(28, "No space left on device")
+    full.add_note("what is finished is kept in .out.unfinished: go on")
+    status, message = explain(full)
+    assert (status, message.count("is kept in .out.unfinished")) == (1, 1)
+    assert "no output was left" not in message
     status, message = explain(RuntimeError("ours"))
     assert status == 1
     assert "--debug" in message
@@ -249,6 +254,51 @@ def test_tune_kernels_without_a_gpu_or_its_compiler(capsys):
     assert "--models GPT-2: known are SmolLM2-135M, Qwen3-0.6B" in capsys.readouterr().err.replace("\n", " ")
     assert svsk("tune-kernels", "--batches", 7) == 2
     assert "--batches [7]: choose from 1, 8, 16, 32, 64" in capsys.readouterr().err
+
+
+def test_verify(checkpoint, quantized, tmp_path, capsys):
+    folder, report = tmp_path / "copy", tmp_path / "v.json"
+    shutil.copytree(quantized[0], folder)
+    assert svsk("verify", folder, "--json", report) == 0
+    assert json.loads(report.read_text()) == {"model": str(folder), "tensors": 20, "damaged": {}}
+    for data in (folder / "svsk" / "layer_00001").glob("ocdbt.process_0/d/*"):
+        data.write_bytes(b"")
+    capsys.readouterr()
+    assert svsk("verify", folder, "--json", report) == 1
+    damaged = json.loads(report.read_text())["damaged"]
+    assert damaged
+    said = capsys.readouterr().err
+    assert all(name.startswith("layers.1.") and f"damaged: {name}: " in said for name in damaged)
+    assert "Traceback" not in said
+    assert svsk("verify", checkpoint) == 2
+    assert "not a model that svsk saved" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_an_interrupted_run_says_how_to_go_on(checkpoint, quantized, tmp_path, capsys, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    command = [
+        "quantize",
+        "--model",
+        checkpoint,
+        "--output",
+        tmp_path / "out",
+        "--recipe",
+        "classic-r8",
+        *CALIB,
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["svsk_jax.pipeline.quantize"], "quantize_layer", interrupt)
+        assert svsk(*command) == 1
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert f"interrupted; what is finished is kept in {tmp_path / '.out.unfinished'}" in said
+    assert svsk(*command) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert svsk(*command, "--resume", "--rank", 3) == 2
+    assert "quant_config.rank was 8, is 3" in capsys.readouterr().err.replace("\n", " ")
+    assert svsk(*command, "--resume", "--json", tmp_path / "q.json") == 0
+    assert json.loads((tmp_path / "q.json").read_text())["layer_errors"] == quantized[1]["layer_errors"]
 
 
 def test_interrupt_leaves_nothing(checkpoint, tmp_path):
