@@ -37,6 +37,8 @@ STRONG = dataclasses.replace(
     polish=2,
 )
 """Every stage, but none that takes long."""
+SQUARE = dataclasses.replace(TINY, hidden_size=32, intermediate_size=32, num_heads=4, num_kv_heads=4)
+"""All linears of one shape, which STRONG compiles once instead of for each."""
 STAGES = ("calibrate", "sensitivity", "plan", "quantize", "polish")
 
 
@@ -73,9 +75,9 @@ def cut_short(output, at=("quantize", 1), error=KeyboardInterrupt, **changes):
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """Statistics with the Fisher pass."""
+    """Statistics of SQUARE with the Fisher pass."""
     folder = tmp_path_factory.mktemp("stats") / "stats"
-    pipeline.calibrate(MemorySource(TINY), folder, CALIBRATION)
+    pipeline.calibrate(MemorySource(SQUARE), folder, CALIBRATION)
     return Statistics.open(folder)
 
 
@@ -105,7 +107,7 @@ def done(monkeypatch):
         steps.append("polish")
         if on_progress:
             on_progress(Progress(stage="polish", layer=1, layers=count))
-        mark = jnp.full(3, steps.count("polish"), jnp.float32)
+        mark = jnp.full_like(layers[0]["input_norm.scale"], steps.count("polish"))
         return [layer | {"input_norm.scale": mark} for layer in layers]
 
     for stand_in, name in (
@@ -118,15 +120,15 @@ def done(monkeypatch):
 
 
 def test_every_stage_of_the_whole_recipe(done, tmp_path):
-    events = []
-    whole = run(tmp_path / "whole", STRONG, on_progress=events.append)
+    events, source = [], MemorySource(SQUARE)
+    whole = run(tmp_path / "whole", STRONG, source=source, on_progress=events.append)
     assert tuple(dict.fromkeys(event.stage for event in events)) == STAGES
     assert done == ["calibrate", "layer", "layer", "polish"]
     out = tmp_path / "out"
     kept = []
     for stage in STAGES:
         done.clear()
-        error = cut_short(out, (stage, 1), config=STRONG, resume=True)
+        error = cut_short(out, (stage, 1), source=source, config=STRONG, resume=True)
         kept.append(any(note.startswith(KEPT) for note in getattr(error, "__notes__", [])))
         assert kept[-1] == run_folder(out).exists()
         assert not out.exists()
@@ -134,7 +136,7 @@ def test_every_stage_of_the_whole_recipe(done, tmp_path):
     assert kept == [False, False, True, True, True]
     assert done == ["layer", "polish"]
     done.clear()
-    result = run(out, STRONG, resume=True)
+    result = run(out, STRONG, source=source, resume=True)
     assert done == ["polish"]
     assert_same(tmp_path / "whole", out)
     assert dataclasses.replace(result, output=whole.output, seconds=whole.seconds) == whole
@@ -142,7 +144,7 @@ def test_every_stage_of_the_whole_recipe(done, tmp_path):
 
 
 def test_polished_layers_come_from_one_polish(measured, done, tmp_path, monkeypatch):
-    out = tmp_path / "out"
+    out, source = tmp_path / "out", MemorySource(SQUARE)
     layer_errors = module.layer_errors
 
     def stop(*arguments):
@@ -152,10 +154,10 @@ def test_polished_layers_come_from_one_polish(measured, done, tmp_path, monkeypa
 
     monkeypatch.setattr(module, "layer_errors", stop)
     with pytest.raises(KeyboardInterrupt):
-        run(out, STRONG, statistics=measured)
-    run(out, STRONG, statistics=measured, resume=True)
+        run(out, STRONG, source=source, statistics=measured)
+    run(out, STRONG, source=source, statistics=measured, resume=True)
     scales = [SavedModel(out).layer(index, jnp.float32)["input_norm.scale"] for index in range(2)]
-    np.testing.assert_array_equal(scales, np.full((2, 3), 2.0))
+    np.testing.assert_array_equal(scales, np.full((2, SQUARE.hidden_size), 2.0))
 
 
 def test_a_full_disk_at_any_write_of_a_layer(reference, tmp_path, monkeypatch):
