@@ -91,23 +91,32 @@ def unfinished_run(
             "--overwrite to start over, or another --output"
         )
     check_output(output, overwrite, MARKER)
-    if begun is None or not resume:
-        discard(run.folder)
-        run.folder.mkdir()
-        write_json(run.folder / IDENTITY, identity)
-    elif begun != identity:
+    if begun is not None and resume and begun != identity:
         raise ValueError(
             f"--resume: the unfinished run for {output} differs from this one: "
             f"{'; '.join(differences(begun, identity))}. Run what it was started with, or start over with "
             "--overwrite in place of --resume, or give another --output"
         )
     try:
+        if begun is None or not resume:
+            _start_over(run.folder, identity)
         yield run
     except BaseException as error:
         if run.holds_work:
             error.add_note(f"{KEPT} in {run.folder}: go on with the same command and --resume")
         else:
             discard(run.folder)
+        raise
+
+
+def _start_over(folder: Path, identity: Mapping[str, Any]) -> None:
+    """An empty run in place of what is there; nothing, when an interrupt or a full disk comes between."""
+    try:
+        discard(folder)
+        folder.mkdir()
+        write_json(folder / IDENTITY, identity)
+    except BaseException:
+        discard(folder)
         raise
 
 

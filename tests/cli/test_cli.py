@@ -3,10 +3,8 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -301,35 +299,45 @@ def test_an_interrupted_run_says_how_to_go_on(checkpoint, quantized, tmp_path, c
     assert json.loads((tmp_path / "q.json").read_text())["layer_errors"] == quantized[1]["layer_errors"]
 
 
-def test_interrupt_leaves_nothing(checkpoint, tmp_path):
+@pytest.mark.parametrize(
+    ("stage", "left", "words"),
+    [
+        ("calibrate", [], "interrupted; no output was left behind"),
+        ("quantize", [".out.unfinished"], "interrupted; what is finished is kept in {kept}: go on with"),
+    ],
+    ids=["before-anything-is", "after-a-layer"],
+)
+def test_an_interrupt_leaves_what_is_finished_and_nothing_else(checkpoint, tmp_path, stage, left, words):
+    script = f"""
+import signal, sys
+from svsk_jax import cli, pipeline
+signal.signal(signal.SIGINT, signal.default_int_handler)
+quantize = pipeline.quantize
+def interrupted(*arguments, on_progress, **settings):
+    def then_interrupt(event):
+        on_progress(event)
+        if event.stage == "{stage}":
+            signal.raise_signal(signal.SIGINT)
+    return quantize(*arguments, on_progress=then_interrupt, **settings)
+pipeline.quantize = interrupted
+cli.main(sys.argv[1:])
+"""
     command = [
-        sys.executable,
-        "-m",
-        "svsk_jax.cli",
         "quantize",
         "--model",
-        str(checkpoint),
+        checkpoint,
         "--output",
-        str(tmp_path / "out"),
-        "--calib",
-        "documentation",
-        "--chunks",
-        "2000",
-        "--chunk-length",
-        "32",
+        tmp_path / "out",
+        "--recipe",
+        "classic-r8",
+        *CALIB,
     ]
-    # A test run in the background inherits an ignored SIGINT, which a child would go on ignoring.
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    signal.signal(signal.SIGINT, inherited)
-    with process:
-        while process.poll() is None and not list(tmp_path.iterdir()):
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        _, message = process.communicate(timeout=120)
-    assert process.returncode == 1, message
-    assert "interrupted" in message
-    assert list(tmp_path.iterdir()) == []
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, command)], stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    assert words.format(kept=tmp_path / ".out.unfinished") in done.stderr.replace("\n", " ")
+    assert os.listdir(tmp_path) == left
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])

@@ -247,6 +247,26 @@ def test_overwrite_starts_over_and_replaces(reference, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("interrupted", ["write_json", "discard"])
+def test_an_interrupt_before_a_run_has_begun_leaves_nothing(interrupted, tmp_path, monkeypatch):
+    cut_short(tmp_path / "out")
+    run_module, calls = importlib.import_module("svsk_jax.pipeline.run"), []
+    original = getattr(run_module, interrupted)
+
+    def interrupt(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(run_module, interrupted, interrupt)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        run(tmp_path / "out", overwrite=True)
+    assert calls
+    assert not hasattr(raised.value, "__notes__")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_run_killed_while_it_was_clearing_up(reference, tmp_path):
     out = tmp_path / "out"
     cut_short(out)
