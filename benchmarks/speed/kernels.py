@@ -142,7 +142,7 @@ def plot(source: Path, target: Path) -> None:
     from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
 
     document = json.loads(source.read_text(encoding="utf-8"))
-    counts = sorted({row["m"] for row in document["rows"] if row["m"] < 384})
+    counts = sorted({row["m"] for row in document["rows"] if row["m"] < FUSED_LIMIT})
     figure = Figure(figsize=(4 * len(counts), 3.6), layout="tight")
     axes = figure.subplots(1, len(counts), sharey=True, squeeze=False)[0]
     for axis, m in zip(axes, counts, strict=True):

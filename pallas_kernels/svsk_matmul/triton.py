@@ -38,7 +38,7 @@ def matmul(
 
     Each 256 columns of a row of x are divided by a power of two so that they fit f16, levels times int6
     scales are rounded to f16 (M > 16) or levels alone (M ≤ 16, flat scales), and V x, group sums and scales
-    are f32. From 384 rows on the weight is restored first, to x's dtype.
+    are f32. From 129 rows on the weight is restored first, to x's dtype.
 
     Args:
         x: bf16 or f16.

@@ -10,7 +10,7 @@ from pallas_kernels.svsk_matmul.devices import is_hopper, target_device
 from pallas_kernels.svsk_matmul.layout import ceil_div
 from pallas_kernels.svsk_matmul.triton_layout import SUPERBLOCK, TritonWeight, padded
 
-FUSED_LIMIT = 384
+FUSED_LIMIT = 129
 """Rows of x from which the weight is restored first (`docs/decisions/0004-kernels.md`)."""
 WAVE = 1000
 """Programs of two warps that a launch wants at least, to fill a large GPU."""
