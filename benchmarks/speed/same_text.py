@@ -3,8 +3,8 @@
     python -m benchmarks.speed.same_text --model MODEL --write texts.json       on a CPU
     python -m benchmarks.speed.same_text --model MODEL --compare texts.json     on a GPU
 
-The CPU's texts come with the difference of the two largest logits before each token, in f32. Where a GPU's text
-departs from it, that difference tells a rounding from a mistake: afterwards the two texts are different ones.
+The CPU's texts come with the difference of the two largest logits before each token, in f32. Where a GPU's
+text departs from one, that difference tells a rounding from a mistake: what follows is another text.
 """
 
 import argparse

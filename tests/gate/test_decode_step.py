@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from benchmarks.speed.models import CONFIGS, packed_parameters
 from pallas_kernels import aot
 from svsk_jax.model import Decoder, KVCache
+from svsk_jax.model.fused_step import fused_step
 from svsk_jax.model.laid_out import lay_out_parameters
 
 pytestmark = pytest.mark.skipif(
@@ -18,6 +20,7 @@ pytestmark = pytest.mark.skipif(
     reason=f"NO DECODE STEP WAS COMPILED FOR A GPU: {', '.join(aot.what_is_missing())} missing: `make gate`",
 )
 CONFIG = dataclasses.replace(CONFIGS["Qwen3-0.6B"], num_layers=2, vocab_size=4096, tie_word_embeddings=False)
+BATCH = 8
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "f16": 2, "bf16": 2, "s32": 4, "f32": 4}
 
 
@@ -35,23 +38,58 @@ def moved(text):
     ]
 
 
-@pytest.mark.parametrize("batch", [1, 8])
-def test_decode_step(batch):
+def abstract_step(lengths):
     weights = jax.eval_shape(
         lambda key: lay_out_parameters(packed_parameters(CONFIG, key)), jax.random.key(0)
     )
-    token, length = jax.ShapeDtypeStruct((batch, 1), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
-    keys = jax.ShapeDtypeStruct((batch, 16, CONFIG.num_kv_heads, CONFIG.head_dim), jnp.bfloat16)
-    cache = (keys,) * CONFIG.num_layers
+    batch = BATCH if lengths is None else lengths.shape[0]
+    keys = jax.ShapeDtypeStruct((batch, 128, CONFIG.num_kv_heads, CONFIG.head_dim), jnp.bfloat16)
+    return weights, (keys,) * CONFIG.num_layers
+
+
+def check_nothing_large_moves(weights, text):
+    smallest = min(leaf.words.size for path, leaf in weights.items() if path.endswith("o.weight"))
+    assert max(moved(text), default=0) < smallest
+
+
+def test_the_decoder_as_it_is():
+    weights, cache = abstract_step(None)
+    token, length = jax.ShapeDtypeStruct((BATCH, 1), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
     # Attention of bf16 promotes on its own.
     with jax.numpy_dtype_promotion("standard"):
         compiled, kernels = aot.compile_for(step, (weights, token, cache, cache, length), "sm_90")
     names = {re.sub(r"__\d+$", "", kernel.name) for kernel in kernels}
-    product = "svsk_decode" if batch == 1 else "svsk_rows"
-    assert {product, "svsk_prepare", "svsk_epilogue", "svsk_int8"} <= names
+    assert {"svsk_rows", "svsk_prepare", "svsk_epilogue", "svsk_int8"} <= names
     # Layers of equal shapes share their kernels: qkv, o, gate and up, down.
-    assert sum(kernel.name.startswith(product) for kernel in kernels) == 4
+    assert sum(kernel.name.startswith("svsk_rows") for kernel in kernels) == 4
     text = compiled.as_text()
-    assert len(re.findall(rf'name = "{product}"', text)) == 4 * CONFIG.num_layers
-    smallest = min(leaf.words.size for path, leaf in weights.items() if path.endswith("o.weight"))
-    assert max(moved(text), default=0) < smallest
+    assert len(re.findall(r'name = "svsk_rows"', text)) == 4 * CONFIG.num_layers
+    check_nothing_large_moves(weights, text)
+
+
+@pytest.mark.parametrize("batch", [1, BATCH])
+def test_the_fused_step(batch):
+    tokens = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    weights, cache = abstract_step(tokens)
+
+    def fused(parameters, tokens, keys, values, lengths):
+        logits, keys, values = fused_step(
+            Decoder(CONFIG, parameters, jnp.bfloat16), tokens, keys, values, lengths
+        )
+        return jnp.argmax(logits, axis=-1), keys, values
+
+    compiled, kernels = aot.compile_for(fused, (weights, tokens, cache, cache, tokens), "sm_90")
+    text = compiled.as_text()
+    launched = re.findall(r'name = "(svsk_\w+)"', text)
+    product = "svsk_decode" if batch == 1 else "svsk_rows"
+    of_a_layer = {product: 4, "svsk_residual": 2} | dict.fromkeys(
+        ("svsk_heads", "svsk_attend", "svsk_join", "svsk_gated"), 1
+    )
+    expected = {name: count * CONFIG.num_layers for name, count in of_a_layer.items()}
+    expected |= {"svsk_residual": expected["svsk_residual"] + 1, "svsk_int8": 1}
+    assert Counter(launched) == expected
+    # Nothing else is launched for a layer: what remains looks tokens up, turns angles and takes the largest.
+    assert len(re.findall(r" = \S+ fusion\(", text)) <= 12
+    spilled = {kernel.name: kernel.spilled_bytes for kernel in kernels if kernel.spilled_bytes > 32}
+    assert not spilled
+    check_nothing_large_moves(weights, text)
