@@ -21,7 +21,8 @@ import jax
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.speed.models import CONFIGS, dense_parameters, packed_parameters
+from benchmarks.speed.models import dense_parameters, packed_parameters
+from svsk_jax.known_models import KNOWN
 from svsk_jax.model import Decoder
 from svsk_jax.model.laid_out import lay_out_for_device
 from svsk_jax.pipeline.checks import default_dtype
@@ -41,13 +42,13 @@ def tokenizer_of(vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def packed(name: str, form: str) -> Decoder:
-    parameters = packed_parameters(CONFIGS[name], jax.random.key(0), **FORMS[form])
-    return Decoder(CONFIGS[name], lay_out_for_device(parameters, default_dtype()), default_dtype())
+    parameters = packed_parameters(KNOWN[name], jax.random.key(0), **FORMS[form])
+    return Decoder(KNOWN[name], lay_out_for_device(parameters, default_dtype()), default_dtype())
 
 
 def dense(name: str) -> Decoder:
     dtype = default_dtype()
-    return Decoder(CONFIGS[name], dense_parameters(CONFIGS[name], jax.random.key(0), dtype), dtype)
+    return Decoder(KNOWN[name], dense_parameters(KNOWN[name], jax.random.key(0), dtype), dtype)
 
 
 def measure(name: str, forms: list[str], tokens: int) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def measure(name: str, forms: list[str], tokens: int) -> dict[str, Any]:
         **{form: lambda form=form: packed(name, form) for form in forms},
         "dense": lambda: dense(name),
     }
-    tokenizer = tokenizer_of(CONFIGS[name].vocab_size)
+    tokenizer = tokenizer_of(KNOWN[name].vocab_size)
     row: dict[str, Any] = {"model": name}
     runs: dict[str, list[GenerationResult]] = {}
     generators = {}
@@ -81,7 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", default=["SmolLM2-135M"], choices=CONFIGS)
+    parser.add_argument("--models", nargs="+", default=["SmolLM2-135M"], choices=KNOWN)
     parser.add_argument("--forms", nargs="+", default=["packed"], choices=FORMS)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--json", type=Path)

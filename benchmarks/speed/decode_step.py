@@ -24,8 +24,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.speed.models import CONFIGS, dense_parameters, packed_parameters
+from benchmarks.speed.models import dense_parameters, packed_parameters
 from benchmarks.speed.read_floor import CHUNKS, read
+from svsk_jax.known_models import KNOWN
 from svsk_jax.model import Decoder, ModelConfig
 from svsk_jax.model.fused_step import batch_bucket
 from svsk_jax.model.laid_out import lay_out_parameters
@@ -159,7 +160,7 @@ def prefill_seconds(model: Decoder, tokens: int) -> float:
 
 def measure(name: str, form: str, rate: float) -> tuple[list[Case], dict[int, float]]:
     """Cases of a model in one form, and seconds to the first token by length of the prompt."""
-    config = CONFIGS[name]
+    config = KNOWN[name]
     model = decoder(config, form)
     fused = form != "bf16"
     cases = []
@@ -250,9 +251,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--models", nargs="+", default=["Qwen3-8B", "Qwen3-4B", "Qwen3-0.6B"], choices=CONFIGS
-    )
+    parser.add_argument("--models", nargs="+", default=["Qwen3-8B", "Qwen3-4B", "Qwen3-0.6B"], choices=KNOWN)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", nargs=2, type=Path, metavar=("JSON", "SVG"))
     flags = parser.parse_args()

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.speed.models import CONFIGS, packed_parameters
+from benchmarks.speed.models import packed_parameters
 from pallas_kernels import aot
+from svsk_jax.known_models import KNOWN
 from svsk_jax.model import Decoder, KVCache
 from svsk_jax.model.fused_step import fused_step
 from svsk_jax.model.laid_out import lay_out_parameters
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.skipif(
     bool(aot.what_is_missing()),
     reason=f"NO DECODE STEP WAS COMPILED FOR A GPU: {', '.join(aot.what_is_missing())} missing: `make gate`",
 )
-CONFIG = dataclasses.replace(CONFIGS["Qwen3-0.6B"], num_layers=2, vocab_size=4096, tie_word_embeddings=False)
+CONFIG = dataclasses.replace(KNOWN["Qwen3-0.6B"], num_layers=2, vocab_size=4096, tie_word_embeddings=False)
 BATCH = 8
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "f16": 2, "bf16": 2, "s32": 4, "f32": 4}
 

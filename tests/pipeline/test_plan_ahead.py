@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from support import TINY, MemorySource
 
-from benchmarks.speed.models import CONFIGS
 from convert import open_config
 from convert.load import load_parameters
 from svsk_jax import pipeline
@@ -112,10 +111,6 @@ def test_an_allocated_recipe_is_bounded_by_its_bits():
 )
 def test_published_numbers_of_parameters(name, parameters):
     assert sum(int(np.prod(shape)) for shape in parameter_shapes(KNOWN[name]).values()) == parameters
-
-
-def test_one_table_of_models():
-    assert {name: KNOWN[name] for name in CONFIGS} == CONFIGS
 
 
 def test_costs_that_come_along_are_those_of_the_results():
