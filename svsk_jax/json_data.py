@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import sys
 import types
 import typing
@@ -14,15 +15,31 @@ T = TypeVar("T")
 MAX_FLOAT = sys.float_info.max
 SHOWN = 60
 """Characters of a wrong value that a message repeats."""
+MAX_DEPTH = 200
+"""Lists and objects within one another that JSON may have; what is read here has fewer than ten."""
+_STRING_OR_BRACKET = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{\]}]', re.DOTALL)
+"""A string need not end: what follows it is then of no matter, as the text is not JSON."""
+_STEPS = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 
 def parse_json(text: str | bytes) -> Any:
-    """`json.loads`, whose every failure is a ValueError: also bytes that are not UTF-8, and lists nested
-    deeper than the parser goes."""
-    try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise ValueError("its lists are nested too deep") from error
+    """`json.loads`, whose every failure is a ValueError: also bytes that are not UTF-8, and lists nested more
+    than `MAX_DEPTH` deep."""
+    if isinstance(text, bytes):
+        text = text.decode(json.detect_encoding(text), "surrogatepass")
+    _check_depth(text)
+    return json.loads(text)
+
+
+def _check_depth(text: str) -> None:
+    """ValueError before the parser would go too deep: how deep that is depends on who calls it."""
+    if text.count("[") + text.count("{") <= MAX_DEPTH:
+        return
+    depth = 0
+    for found in _STRING_OR_BRACKET.finditer(text):
+        depth += _STEPS.get(found[0], 0)
+        if depth > MAX_DEPTH:
+            raise ValueError(f"its lists are nested more than {MAX_DEPTH} deep")
 
 
 def read_json_object(path: Path, advice: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from support import TINY, write_checkpoint
 from convert import open_checkpoint
 from convert.names import source_names
 from svsk_jax.cli import main
-from svsk_jax.json_data import from_json, parse_json
+from svsk_jax.json_data import MAX_DEPTH, from_json, parse_json
 from svsk_jax.model.config import ModelConfig
 from svsk_jax.model.parameters import parameter_shapes
 
@@ -169,6 +169,19 @@ def test_json_becomes_typed_data_or_an_error_by_path():
             from_json(ModelConfig, data | change, "c")
     with pytest.raises(ValueError, match="c: missing 'vocab_size'"):
         from_json(ModelConfig, {key: value for key, value in data.items() if key != "vocab_size"}, "c")
-    for text in (b"\xff", b"{", DEEP):
-        with pytest.raises(ValueError, match=r"\w"):
+
+
+def test_json_is_refused_by_its_depth_before_it_is_parsed(monkeypatch):
+    for text in (b"\xff", b"{", "{", '"' + '\\"[' * 100_000, "[" * 150 + "]" * 151, "[" + "[]" * 300):
+        with pytest.raises(ValueError, match=r"^(?!.*nested)"):
+            parse_json(text)
+    deepest = "[" * (MAX_DEPTH - 2) + '{"[": [%s]}' + "]" * (MAX_DEPTH - 2)
+    # Brackets in strings are no lists, whatever is escaped there.
+    inside = json.dumps(["[" * 300, '"[{\\' * 300])[1:-1]
+    for text in (deepest % inside, (deepest % inside).encode(), (deepest % inside).encode("utf-16")):
+        assert parse_json(text) == json.loads(text)
+    assert parse_json(json.dumps([[{}]] * 1000)) == [[{}]] * 1000
+    monkeypatch.setattr(json, "loads", None)
+    for text in (DEEP, DEEP.decode(), b'{"a":' * 300, deepest % (inside + ", []"), '["\\\\",' * 300):
+        with pytest.raises(ValueError, match="nested more than 200 deep"):
             parse_json(text)

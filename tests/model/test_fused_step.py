@@ -1,6 +1,7 @@
 """The decode step of few kernels gives the logits of the decoder."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,14 @@ from svsk_jax.model.fused_step import batch_bucket, fused_step, why_not_fused
 from svsk_jax.model.laid_out import lay_out_parameters
 from svsk_jax.model.parameters import QUANTIZED_LINEARS, random_parameters
 
+# Interpreted kernels take seconds to compile, in every layer again.
 BASE = dataclasses.replace(
-    TINY, hidden_size=200, intermediate_size=328, num_heads=3, num_kv_heads=1, head_dim=64
+    TINY, num_layers=1, hidden_size=200, intermediate_size=328, num_heads=3, num_kv_heads=1, head_dim=64
 )
+step = jax.jit(partial(fused_step, interpret=True))
+# Operation by operation, the stored weights' tiles take hundreds of programs.
+run = jax.jit(lambda model, tokens: model(tokens))
+extend = jax.jit(lambda model, tokens, cache: model.extend(tokens, cache)[1])
 CONFIGS = {
     "one key head of 64": (BASE, {"ranks": (1, 3)}),
     "heads of 128 with norms": (
@@ -27,7 +33,10 @@ CONFIGS = {
         dataclasses.replace(BASE, qkv_bias=True, o_bias=True, mlp_bias=True, sliding_window=3),
         {"coefficients": None},
     ),
-    "flat scales": (BASE, {"flat": True, "group": 64, "coefficients": None, "ranks": 2}),
+    "flat scales, two layers": (
+        dataclasses.replace(BASE, num_layers=2),
+        {"flat": True, "group": 64, "coefficients": None, "ranks": 2},
+    ),
     "a head of its own": (dataclasses.replace(BASE, tie_word_embeddings=False), {"ranks": (0, 3)}),
 }
 
@@ -55,12 +64,12 @@ def test_one_sequence(name):
     exact, model = models(name)
     assert why_not_fused(model, interpret=True) is None
     tokens = jnp.asarray([[5, 9, 2, 77, 31]], jnp.int32)
-    expected = exact(tokens)[0]
+    expected = run(exact, tokens)[0]
     cache = KVCache.empty(model.config, 1, 8, model.dtype)
     keys, values = cache.keys, cache.values
     for position, token in enumerate(tokens[0]):
         lengths = jnp.asarray([position], jnp.int32)
-        logits, keys, values = fused_step(model, token[None], keys, values, lengths, interpret=True)
+        logits, keys, values = step(model, token[None], keys, values, lengths)
         error = jnp.linalg.norm(logits[0] - expected[position]) / jnp.linalg.norm(expected[position])
         assert error < 1e-2, position
 
@@ -71,17 +80,17 @@ def test_sequences_of_different_lengths(name):
     rng = np.random.default_rng(1)
     tokens = jnp.asarray(rng.integers(0, 97, (8, 6)), jnp.int32)
     lengths = jnp.asarray([0, 1, 2, 3, 4, 5, 0, 3], jnp.int32)
-    with jax.numpy_dtype_promotion("standard"):
-        _, filled = model.extend(tokens, KVCache.empty(model.config, 8, 100, model.dtype))
-    item = jnp.arange(8)
-    logits, keys, _ = fused_step(
-        model, tokens[item, lengths], filled.keys, filled.values, lengths, interpret=True
+    filled = extend(exact, tokens, KVCache.empty(model.config, 8, 100, exact.dtype))
+    filled_keys, filled_values = (
+        tuple(each.astype(model.dtype) for each in cache) for cache in (filled.keys, filled.values)
     )
-    expected = exact(tokens)[item, lengths]
+    item = jnp.arange(8)
+    logits, keys, _ = step(model, tokens[item, lengths], filled_keys, filled_values, lengths)
+    expected = run(exact, tokens)[item, lengths]
     error = jnp.linalg.norm(logits - expected, axis=-1) / jnp.linalg.norm(expected, axis=-1)
     assert jnp.max(error) < 1e-2
     # The new position's keys are as they were; others are not touched.
-    difference = jnp.abs(keys[0].astype(jnp.float32) - filled.keys[0].astype(jnp.float32))
+    difference = jnp.abs(keys[0].astype(jnp.float32) - filled_keys[0].astype(jnp.float32))
     assert jnp.max(difference) < 1e-2
     untouched = jnp.arange(100)[None, :] != lengths[:, None]
     assert jnp.max(jnp.where(untouched[:, :, None, None], difference, 0)) == 0
@@ -91,7 +100,7 @@ def test_what_cannot_run():
     parameters = packed_parameters(BASE)
     stored = Decoder(BASE, parameters, jnp.float16)
     assert "attention.qkv is not packed" in str(why_not_fused(stored, interpret=True))
-    _, model = models("flat scales")
+    _, model = models("flat scales, two layers")
     assert "GPU" in str(why_not_fused(model))
     small = Decoder(TINY, dict(random_parameters(TINY, 0)), jnp.float16)
     assert "8 columns" in str(why_not_fused(small, interpret=True))
@@ -101,7 +110,7 @@ def test_batches():
     assert [batch_bucket(n) for n in (1, 2, 8, 9, 33, 64)] == [1, 8, 8, 16, 64, 64]
     with pytest.raises(ValueError, match="1 to 64 sequences, got 65"):
         batch_bucket(65)
-    _, model = models("flat scales")
+    _, model = models("flat scales, two layers")
     cache = KVCache.empty(model.config, 3, 8, model.dtype)
     token = jnp.zeros(3, jnp.int32)
     with pytest.raises(ValueError, match="3 rows of x; expected 1 or a multiple of 8"):

@@ -33,6 +33,29 @@ def source(tiny_config):
     return MemorySource(tiny_config)
 
 
+@pytest.fixture(scope="module")
+def direct(tmp_path_factory):
+    """What quantizing with calibration gave, and the progress that was reported."""
+    events = []
+    result = pipeline.quantize(
+        MemorySource(TINY),
+        tmp_path_factory.mktemp("direct") / "out",
+        SMALL,
+        recipe="small",
+        calibration=CALIBRATION,
+        on_progress=events.append,
+    )
+    return result, events
+
+
+@pytest.fixture(scope="module")
+def diagonals(tmp_path_factory):
+    """Statistics that hold diagonals only."""
+    folder = tmp_path_factory.mktemp("diagonals") / "stats"
+    pipeline.calibrate(MemorySource(TINY), folder, CALIBRATION)
+    return Statistics.open(folder)
+
+
 def contents(folder):
     """Logical bytes of a saved model (files hold times and random names)."""
     model = SavedModel(folder)
@@ -40,13 +63,10 @@ def contents(folder):
     return jax.tree.map(np.asarray, (model.outer(jnp.float32), layers))
 
 
-def test_bytes_are_the_budget_and_errors_are_recorded(source, tmp_path):
-    events = []
-    result = pipeline.quantize(
-        source, tmp_path / "out", SMALL, recipe="small", calibration=CALIBRATION, on_progress=events.append
-    )
+def test_bytes_are_the_budget_and_errors_are_recorded(source, direct):
+    result, events = direct
     assert result.budget == predict(parameter_shapes(source.config), QUANTIZED_LINEARS, SMALL)
-    metadata = SavedModel(tmp_path / "out").metadata
+    metadata = SavedModel(result.output).metadata
     assert metadata["bytes"]["whole_file"] == result.budget.total_bytes
     assert metadata["bits"]["decoder_linears"] == result.budget.linear_bits
     assert metadata["calibration"] == {
@@ -69,33 +89,28 @@ def test_bytes_are_the_budget_and_errors_are_recorded(source, tmp_path):
     assert json.dumps(result.to_dict())
 
 
-def test_statistics_give_the_same_model_as_calibrating_now(source, tmp_path):
-    direct = pipeline.quantize(source, tmp_path / "direct", SMALL, recipe="small", calibration=CALIBRATION)
-    pipeline.calibrate(source, tmp_path / "stats", CALIBRATION)
-    reused = pipeline.quantize(
-        source, tmp_path / "reused", SMALL, recipe="small", statistics=Statistics.open(tmp_path / "stats")
-    )
-    assert direct.errors == reused.errors
-    jax.tree.map(np.testing.assert_array_equal, contents(tmp_path / "direct"), contents(tmp_path / "reused"))
+def test_statistics_give_the_same_model_as_calibrating_now(source, direct, diagonals, tmp_path):
+    reused = pipeline.quantize(source, tmp_path / "out", SMALL, recipe="small", statistics=diagonals)
+    assert direct[0].errors == reused.errors
+    jax.tree.map(np.testing.assert_array_equal, contents(direct[0].output), contents(tmp_path / "out"))
 
 
-def test_more_rank_means_less_divergence(source, tmp_path):
-    pipeline.calibrate(source, tmp_path / "stats", CALIBRATION)
-    statistics = Statistics.open(tmp_path / "stats")
+def test_more_rank_means_less_divergence(source, direct, diagonals, tmp_path):
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 97, (4, 64)), jnp.int32)
     run = jax.jit(lambda model, ids: model(ids))
     reference = run(load_decoder(source, jnp.float32), tokens)
     divergences = []
-    for rank in (0, 4, 16):
-        config = dataclasses.replace(SMALL, rank=rank)
-        out = tmp_path / f"r{rank}"
-        pipeline.quantize(source, out, config, recipe="small", statistics=statistics)
+    for rank in (0, SMALL.rank, 16):
+        out = direct[0].output if rank == SMALL.rank else tmp_path / f"r{rank}"
+        if rank != SMALL.rank:
+            config = dataclasses.replace(SMALL, rank=rank)
+            pipeline.quantize(source, out, config, recipe="small", statistics=diagonals)
         logits = run(load_decoder(SavedModel(out), jnp.float32), tokens)
         divergences.append(float(token_divergence(reference, logits, tokens).kld.mean()))
     assert 0 < divergences[2] < 0.5 * divergences[1] < 0.5 * divergences[0]
 
 
-def test_unquantized_copy_is_exact(source, tmp_path):
+def test_unquantized_copy_is_exact(source, direct, tmp_path):
     pipeline.convert(source, tmp_path / "dense", dtype=jnp.float32)
     copy = SavedModel(tmp_path / "dense")
     for index in range(source.config.num_layers):
@@ -103,12 +118,14 @@ def test_unquantized_copy_is_exact(source, tmp_path):
             np.testing.assert_array_equal, copy.layer(index, jnp.float32), source.layer(index, np.float32)
         )
     # A converted model is an unquantized one: it may be quantized.
-    result = pipeline.quantize(copy, tmp_path / "out", SMALL, recipe="small", calibration=CALIBRATION)
+    plain = dataclasses.replace(SMALL, rank=0)
+    result = pipeline.quantize(copy, tmp_path / "out", plain, recipe="small", calibration=CALIBRATION)
     assert result.output == tmp_path / "out"
-    with pytest.raises(ValueError, match="already quantized"):
-        pipeline.quantize(
-            SavedModel(tmp_path / "out"), tmp_path / "twice", SMALL, recipe="small", calibration=CALIBRATION
-        )
+    for folder in (direct[0].output, tmp_path / "out"):
+        with pytest.raises(ValueError, match="already quantized"):
+            pipeline.quantize(
+                SavedModel(folder), tmp_path / "twice", SMALL, recipe="small", calibration=CALIBRATION
+            )
 
 
 def test_bfloat16_embedding(source, tmp_path):
@@ -177,27 +194,32 @@ def measured(tmp_path_factory):
     return source, Statistics.open(folder)
 
 
-def test_the_budget_is_kept_and_mostly_spent(measured, tmp_path):
+@pytest.fixture(scope="module")
+def strong(measured, tmp_path_factory):
+    """What quantizing to a budget gave."""
     source, statistics = measured
-    result = pipeline.quantize(source, tmp_path / "out", STRONG, recipe="strong", statistics=statistics)
-    assert 5.45 < result.budget.linear_bits <= 5.5
-    assert result.predicted_nats > 0
-    stored = SavedModel(tmp_path / "out")
+    folder = tmp_path_factory.mktemp("strong") / "out"
+    return pipeline.quantize(source, folder, STRONG, recipe="strong", statistics=statistics)
+
+
+def test_the_budget_is_kept_and_mostly_spent(strong):
+    assert 5.45 < strong.budget.linear_bits <= 5.5
+    assert strong.predicted_nats > 0
+    stored = SavedModel(strong.output)
     tensors = [t for index in range(2) for t in stored.layer_metadata(index)["tensors"].values()]
     linears = [tensor for tensor in tensors if tensor["kind"] == "svsk"]
     assert {tensor["codebook"] for tensor in linears} == {"companded"}
     assert len({str(tensor["sidecar"]) for tensor in linears}) > 2
 
 
-def test_a_plan_gives_the_same_model_again(measured, tmp_path):
+def test_a_plan_gives_the_same_model_again(measured, strong, tmp_path):
     source, statistics = measured
     plan = pipeline.plan_model(source, statistics, STRONG, recipe="strong", dtype=jnp.float32)
     plan.save(tmp_path / "recipe.json")
     loaded = pipeline.Plan.load(tmp_path / "recipe.json")
     assert loaded == plan
-    for name, config in (("a", STRONG), ("b", loaded)):
-        pipeline.quantize(source, tmp_path / name, config, recipe="strong", statistics=statistics)
-    jax.tree.map(np.testing.assert_array_equal, contents(tmp_path / "a"), contents(tmp_path / "b"))
+    pipeline.quantize(source, tmp_path / "out", loaded, recipe="strong", statistics=statistics)
+    jax.tree.map(np.testing.assert_array_equal, contents(strong.output), contents(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("content", ["{", '{"format": 9}', '{"format": 1, "recipe": "x"}'])
@@ -207,12 +229,9 @@ def test_a_damaged_recipe_file_is_named(tmp_path, content):
         pipeline.Plan.load(tmp_path / "recipe.json")
 
 
-def test_diagonals_are_refused_for_a_recipe_that_needs_more(source, tmp_path):
-    pipeline.calibrate(source, tmp_path / "stats", CALIBRATION)
+def test_diagonals_are_refused_for_a_recipe_that_needs_more(source, diagonals, tmp_path):
     with pytest.raises(ValueError, match=r"diagonals only.*--moments full"):
-        pipeline.quantize(
-            source, tmp_path / "out", STRONG, recipe="s", statistics=Statistics.open(tmp_path / "stats")
-        )
+        pipeline.quantize(source, tmp_path / "out", STRONG, recipe="s", statistics=diagonals)
 
 
 def test_without_sensitivities_the_plain_metric_serves(source, tmp_path):

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.svsk_matmul.reference import dequantize_sidecar
+from pallas_kernels.svsk_matmul import reference
 from svsk_jax.quant.sidecar import fit_diagonal, low_rank
 
+# Operation by operation, each would be compiled on its own.
+dequantize_sidecar = jax.jit(reference.dequantize_sidecar)
 jit_low_rank = jax.jit(low_rank, static_argnames="rank")
 
 

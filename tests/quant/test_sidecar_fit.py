@@ -1,13 +1,17 @@
 """The sidecar's fits are the minimisers that they claim to be, as stored."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.svsk_matmul.reference import dequantize_sidecar
+from pallas_kernels.svsk_matmul import reference
 from svsk_jax.quant.metric import nats
 from svsk_jax.quant.sidecar import fit_diagonal
 from svsk_jax.quant.sidecar_fit import fit_tiles, rank_gains, to_sidecar
+
+# Operation by operation, each would be compiled on its own.
+dequantize_sidecar = jax.jit(reference.dequantize_sidecar)
 
 
 def spd(rng, size, tokens=200):
