@@ -105,7 +105,7 @@ def heuristic(weight: TritonWeight, m: int) -> Blocks:
         superblocks = _longest_sum(weight, weight.padded_rows // rows, WAVE)
         return Blocks(rows=rows, superblocks=superblocks, warps=2, stages=2 if superblocks > 1 else 3)
     batch = batch_of(m)
-    rows, warps = (32, 2) if batch == 8 else (64, 4)
+    rows, warps = (64, 2) if batch == 16 and weight.group == 32 else (32, 2)
     if batch > 16:
         wide = all(padded(each) % 128 == 0 for each in weight.rows)
         # Hopper multiplies in groups of four warps; elsewhere sums of four warps overflow the registers.

@@ -10,13 +10,12 @@ from pallas_kernels.svsk_matmul.figures import (
     default_blocks,
 )
 from pallas_kernels.svsk_matmul.limits import limit
-from pallas_kernels.svsk_matmul.tuning import FUSED_LIMIT
 
 pytestmark = pytest.mark.skipif(
     bool(aot.what_is_missing()),
     reason=f"NO KERNEL WAS COMPILED FOR A GPU: {', '.join(aot.what_is_missing())} missing; run `make gate`",
 )
-ROWS = (1, 8, 16, 64, 256, FUSED_LIMIT)
+ROWS = (1, 8, 16, 64, 256)
 
 
 def check(figures, m, companded):
