@@ -1,7 +1,7 @@
 """The kernels between the products of a decode step: each finishes a product and writes what the next one
 reads."""
 
-from pallas_kernels.decode_step.attention import attend
+from pallas_kernels.decode_step.attention import MOST_QUERIES, attend
 from pallas_kernels.decode_step.gated import finish_gated
 from pallas_kernels.decode_step.heads import HEAD_DIMS, finish_heads
 from pallas_kernels.decode_step.product import Product, product, spread_group
@@ -9,6 +9,7 @@ from pallas_kernels.decode_step.residual import Residual, finish_residual
 
 __all__ = [
     "HEAD_DIMS",
+    "MOST_QUERIES",
     "Product",
     "Residual",
     "attend",

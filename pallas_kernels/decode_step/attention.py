@@ -17,8 +17,8 @@ from pallas_kernels.svsk_matmul.triton_prepare import PLANES, Prepared, abstract
 ATTEND, JOIN = "svsk_attend", "svsk_join"
 POSITIONS = 64
 """Positions that a program takes at a time."""
-ROWS = 16
-"""Queries of a program, the least that a tensor-core product takes."""
+MOST_QUERIES = 16
+"""Queries of a key head, at most, and of a program: the least that a tensor-core product takes."""
 PROGRAMS = 128
 """Programs that fill a GPU."""
 MOST_SPLITS = 32
@@ -36,8 +36,8 @@ def _attend(ref: Refs, program: jax.Array, item: jax.Array, *, splits: int, wind
     head, split = lax.div(program, jnp.int32(splits)), lax.rem(program, jnp.int32(splits))
     per_key = ref["queries"].shape[1] // ref["keys"].shape[2]
     dim = ref["keys"].shape[3]
-    row = lax.broadcasted_iota(jnp.int32, (ROWS, dim), 0)
-    lane = lax.broadcasted_iota(jnp.int32, (ROWS, dim), 1)
+    row = lax.broadcasted_iota(jnp.int32, (MOST_QUERIES, dim), 0)
+    lane = lax.broadcasted_iota(jnp.int32, (MOST_QUERIES, dim), 1)
     query = head * per_key + row
     q = plgpu.load(ref["queries"].at[item, query, lane], mask=row < per_key, other=0)
     stop = jnp.minimum(plgpu.load(ref["lengths"].at[item]) + 1, ref["keys"].shape[1])
@@ -65,10 +65,11 @@ def _attend(ref: Refs, program: jax.Array, item: jax.Array, *, splits: int, wind
         return total, larger, weight * shrink + jnp.sum(p, axis=1)
 
     blocks = lax.div(jnp.maximum(stop - start, 0) + (POSITIONS - 1), jnp.int32(POSITIONS))
-    empty = jnp.zeros((ROWS, dim), jnp.float32), jnp.full((ROWS,), NOTHING), jnp.zeros((ROWS,), jnp.float32)
+    each = jnp.zeros((MOST_QUERIES,), jnp.float32)
+    empty = jnp.zeros((MOST_QUERIES, dim), jnp.float32), each + NOTHING, each
     total, most, weight = lax.fori_loop(0, blocks, some, empty)
     plgpu.store(ref["sums"].at[item, query, split, lane], total, mask=row < per_key)
-    one = lax.broadcasted_iota(jnp.int32, (ROWS,), 0)
+    one = lax.broadcasted_iota(jnp.int32, (MOST_QUERIES,), 0)
     for name, value in (("most", most), ("weight", weight)):
         plgpu.store(ref[name].at[item, head * per_key + one, split], value, mask=one < per_key)
 
@@ -113,9 +114,16 @@ def attend(
         window: positions that are seen, itself included, or None for all.
         group: that a single row is spread for, or None.
         interpret: run in interpret mode.
+
+    Raises:
+        NotImplementedError: more than 16 queries for each key head.
     """
     m, heads, dim = queries.shape
     capacity, num_keys = keys.shape[1:3]
+    if heads > MOST_QUERIES * num_keys:
+        raise NotImplementedError(
+            f"attend: {heads} heads on {num_keys} key heads; at most {MOST_QUERIES} of each can be taken"
+        )
     splits = splits_of(capacity, num_keys * m)
     per_split = jax.ShapeDtypeStruct((m, heads, splits), jnp.float32)
     parts = {

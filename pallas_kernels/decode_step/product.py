@@ -62,7 +62,7 @@ def product(
     """
     m = x.unit.shape[0]
     if m % batch_of(m):
-        raise ValueError(f"decode step: {m} rows of x; expected 1 or a multiple of {batch_of(m)}: pad them")
+        raise ValueError(f"decode step: {m} rows of x; expected 1, 8, 16, 32 or a multiple of 64: pad them")
     blocks = configuration(weight, m)
     kernel = triton_decode if m == 1 else triton_rows
     return Product(

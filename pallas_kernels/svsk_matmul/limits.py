@@ -58,13 +58,13 @@ LIMITS: dict[tuple[str, int, bool], Limit] = {
     (triton_rows.NAME, 64, True): Limit(
         instructions=7.4, registers=255, wide_copies=False, reason="as linear, with the codebook's cubic"
     ),
-    (triton_restore.NAME, 384, False): Limit(
+    (triton_restore.NAME, FUSED_LIMIT, False): Limit(
         instructions=0.0,
         registers=168,
         wide_copies=False,
         reason="writes; three programs fit a multiprocessor",
     ),
-    (triton_restore.NAME, 384, True): Limit(
+    (triton_restore.NAME, FUSED_LIMIT, True): Limit(
         instructions=0.0,
         registers=168,
         wide_copies=False,

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode_step import (
     HEAD_DIMS,
+    MOST_QUERIES,
     attend,
     finish_gated,
     finish_heads,
@@ -28,12 +29,14 @@ def why_not_fused(model: Decoder, *, interpret: bool = False) -> str | None:
     """Why `fused_step` can't run this model here, or None if it can."""
     if model.config.head_dim not in HEAD_DIMS:
         return f"heads have {model.config.head_dim} columns; known are {HEAD_DIMS}"
+    if model.config.num_heads > MOST_QUERIES * model.config.num_kv_heads:
+        return f"more than {MOST_QUERIES} heads share a key head"
     if not interpret and (reason := why_no_triton(model.dtype)) is not None:
         return reason
     for layer in model.layers:
         for name, linear in _linears(layer).items():
             if linear is None or not isinstance(linear.weight.get_value(), TritonWeight):
-                return f"{name} is not packed for the kernels"
+                return f"{name} is not laid out for the kernels as one"
     if not isinstance(_head(model), TritonInt8Weight):
         return "the head is not int8"
     return None

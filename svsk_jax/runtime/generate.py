@@ -25,9 +25,11 @@ class GenerationResult:
     """What was generated and how fast. The stop token is in neither `text` nor `token_ids`.
 
     `finish_reason` is `stop` (a stop token came) or `length` (max_tokens or the capacity was reached).
-    `prefill_seconds` runs from the padded prompt to the first token; `tokens_per_second` counts the decode
-    steps after it, stop token included, and is 0 where there were none; what the consumer does between pieces
-    counts. Neither contains compilation, which happens before each clock starts.
+    `prefill_seconds` runs from the padded prompt to the first token. `tokens_per_second` counts the tokens
+    after it, stop token included, over the time until the last one was there, and is 0 where there were none;
+    tokens that the fused step makes in its bursts and that are not wanted do not count, but their time does,
+    as does what the consumer does between pieces. Neither contains compilation, which happens before each
+    clock starts.
     """
 
     text: str
@@ -158,7 +160,7 @@ class TextGenerator:
         seconds = time.perf_counter() - start
         return seconds, tokens, state._replace(lengths=state.lengths[None]) if self.fused else state
 
-    def step(
+    def compiled_step(
         self, state: steps.State, sampling: SamplingConfig
     ) -> Callable[[steps.State], tuple[jax.Array, steps.State]]:
         """The compiled step for states like this one: tokens, int32 [burst, b], and the next state. It takes
@@ -173,7 +175,7 @@ class TextGenerator:
     ) -> Generator[str, None, GenerationResult]:
         detokenizer = Detokenizer(self.tokenizer, prompt_ids)
         prefill_seconds, tokens, state = self.prefill(prompt_ids, sampling)
-        step = self.step(state, sampling) if budget > 1 else None
+        step = self.compiled_step(state, sampling) if budget > 1 else None
 
         ids: list[int] = []
         pieces: list[str] = []
@@ -181,7 +183,7 @@ class TextGenerator:
         made = 1
         start = time.perf_counter()
         while finish_reason != "stop" and len(ids) < budget:
-            # The next step runs while these tokens are fetched and shown; one after a stop token is wasted.
+            # The next step runs while these tokens are fetched and shown; what follows a stop is wasted.
             ahead = step(state) if step is not None and made < budget else None
             for token_id in np.asarray(tokens)[: budget - len(ids), 0].tolist():
                 if token_id in self.stop_ids:

@@ -99,9 +99,12 @@ def test_sequences_of_different_lengths(name):
 def test_what_cannot_run():
     parameters = packed_parameters(BASE)
     stored = Decoder(BASE, parameters, jnp.float16)
-    assert "attention.qkv is not packed" in str(why_not_fused(stored, interpret=True))
+    assert "attention.qkv is not laid out" in str(why_not_fused(stored, interpret=True))
     _, model = models("flat scales, two layers")
     assert "GPU" in str(why_not_fused(model))
+    shared = dataclasses.replace(BASE, num_heads=17)
+    many = Decoder(shared, dict(random_parameters(shared, 0)), jnp.float16)
+    assert "more than 16 heads" in str(why_not_fused(many, interpret=True))
     small = Decoder(TINY, dict(random_parameters(TINY, 0)), jnp.float16)
     assert "8 columns" in str(why_not_fused(small, interpret=True))
 
@@ -113,5 +116,5 @@ def test_batches():
     _, model = models("flat scales, two layers")
     cache = KVCache.empty(model.config, 3, 8, model.dtype)
     token = jnp.zeros(3, jnp.int32)
-    with pytest.raises(ValueError, match="3 rows of x; expected 1 or a multiple of 8"):
+    with pytest.raises(ValueError, match="3 rows of x; expected 1, 8, 16, 32 or a multiple of 64"):
         fused_step(model, token, cache.keys, cache.values, token, interpret=True)

@@ -55,10 +55,12 @@ def test_together(fused_generator, sampling, monkeypatch):
     assert [each.token_ids for each in together] == [each.token_ids for each in alone]
     assert [each.text for each in together] == [each.text for each in alone]
     assert {(len(each.token_ids), each.finish_reason) for each in together} == {(20, "length")}
-    assert stopped[1].token_ids == alone[1].token_ids[: alone[1].token_ids.index(stop)]
-    assert stopped[1].finish_reason == "stop"
+    for each, whole in zip(stopped, alone, strict=True):
+        ends = whole.token_ids.index(stop) if stop in whole.token_ids else len(whole.token_ids)
+        assert each.token_ids == whole.token_ids[:ends]
+        assert each.finish_reason == ("stop" if stop in whole.token_ids else "length")
 
 
 def test_mistakes_come_before_any_work(generator):
-    with pytest.raises(ValueError, match="prompt is empty"):
+    with pytest.raises(ValueError, match="prompt 1: the prompt is empty"):
         generate_batch(generator, [[1], []])
