@@ -64,7 +64,7 @@ class TextStream(Iterator[str]):
 
 
 class TextGenerator:
-    """Generates from one model with one tokenizer, one text at a time.
+    """Generates from one model with one tokenizer, a text at a time; several with `batch.generate_batch`.
 
     Args:
         model: dense or packed.
@@ -72,6 +72,9 @@ class TextGenerator:
         stop_ids: ids that end a text (`chat.stop_ids`).
         capacity: positions of prompt and text together, each of which costs cache memory; default: the
             model's context, at most 4096.
+
+    Attributes:
+        fused: whether tokens come by the decode step of few kernels, in bursts.
 
     Raises:
         ValueError: a capacity below 2 or above the model's context.

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
     REASON is not None, reason=f"NO KERNEL WAS RUN ON A GPU: {REASON}; set JAX_PLATFORMS=cuda on one"
 )
 SHAPES = [(200, 330), (577, 31), (1024, 2048)]
-ROWS = [1, 2, 7, 16, 64, 200, FUSED_LIMIT]
+ROWS = [1, 2, 7, 16, 64, 128, FUSED_LIMIT]
 
 
 @pytest.fixture
