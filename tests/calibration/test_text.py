@@ -57,7 +57,7 @@ def test_files_of_each_kind(tmp_path):
     [
         ("a.jsonl", b'{"body": "x"}\n', "'text' field"),
         ("a.jsonl", b"not json\n", "'text' field"),
-        ("a.jsonl", b"[" * 200_000, r"a\.jsonl.*nested too deep"),
+        ("a.jsonl", b"[" * 200_000, r"a\.jsonl.*nested more than 200 deep"),
         ("a.jsonl", b'{"text": 5}\n', r"a\.jsonl.*found 5"),
         ("a.parquet", b"PAR1 damaged PAR1", r"a\.parquet"),
         ("a.txt", b"\xff\xfe\x00bad", "UTF-8"),
