@@ -44,7 +44,7 @@ def abstract_step(lengths):
         lambda key: lay_out_parameters(packed_parameters(CONFIG, key)), jax.random.key(0)
     )
     batch = BATCH if lengths is None else lengths.shape[0]
-    keys = jax.ShapeDtypeStruct((batch, 128, CONFIG.num_kv_heads, CONFIG.head_dim), jnp.bfloat16)
+    keys = jax.ShapeDtypeStruct((batch, 16, CONFIG.num_kv_heads, CONFIG.head_dim), jnp.bfloat16)
     return weights, (keys,) * CONFIG.num_layers
 
 
