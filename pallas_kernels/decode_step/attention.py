@@ -8,10 +8,11 @@ from jax import lax
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_step.launch import Refs, launch
+from pallas_kernels.decode_step.launch import launch
 from pallas_kernels.decode_step.product import WIDTH, plane_columns, starts
 from pallas_kernels.svsk_matmul.layout import ceil_div
 from pallas_kernels.svsk_matmul.triton_layout import PLANE
+from pallas_kernels.svsk_matmul.triton_operands import Refs
 from pallas_kernels.svsk_matmul.triton_prepare import PLANES, Prepared, abstract_prepared, store_superblock
 
 ATTEND, JOIN = "svsk_attend", "svsk_join"

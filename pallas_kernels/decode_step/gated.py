@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.decode_step.launch import Refs, launch
+from pallas_kernels.decode_step.launch import launch
 from pallas_kernels.decode_step.product import (
     PLANES,
     WIDTH,
     Product,
-    abstract,
     biased,
     finished,
     inverse_rms,
@@ -19,6 +18,7 @@ from pallas_kernels.decode_step.product import (
 )
 from pallas_kernels.svsk_matmul.layout import ceil_div
 from pallas_kernels.svsk_matmul.triton_layout import PLANE, padded
+from pallas_kernels.svsk_matmul.triton_operands import Refs, abstract
 from pallas_kernels.svsk_matmul.triton_prepare import Prepared, abstract_prepared, store_superblock
 
 NAME = "svsk_gated"

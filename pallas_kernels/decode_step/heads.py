@@ -11,8 +11,9 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_step.launch import Refs, launch
-from pallas_kernels.decode_step.product import Product, abstract, biased, finished, inverse_rms, starts
+from pallas_kernels.decode_step.launch import launch
+from pallas_kernels.decode_step.product import Product, biased, finished, inverse_rms, starts
+from pallas_kernels.svsk_matmul.triton_operands import Refs, abstract
 
 NAME = "svsk_heads"
 WARPS = 2

@@ -8,8 +8,8 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-Refs = Mapping[str, Any]
-"""A kernel's references by the name of their operand or result."""
+from pallas_kernels.svsk_matmul.triton_operands import Refs
+
 Work = Callable[[Refs, jax.Array, jax.Array], None]
 """A kernel's body: takes the references, its program and its row of x."""
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.decode_step.launch import Refs
 from pallas_kernels.svsk_matmul import triton_decode, triton_rows
 from pallas_kernels.svsk_matmul.triton_layout import PLANE, ROW_UNIT, TritonWeight
+from pallas_kernels.svsk_matmul.triton_operands import Refs
 from pallas_kernels.svsk_matmul.triton_prepare import PLANES, Prepared
 from pallas_kernels.svsk_matmul.tuning import batch_of, configuration
 from pallas_kernels.svsk_matmul.types import Leaf
@@ -141,8 +141,3 @@ def biased(ref: Refs, y: jax.Array, column: jax.Array, mask: jax.Array | None = 
     if "bias" not in ref:
         return y
     return y + plgpu.load(ref["bias"].at[column], mask=mask, other=0).astype(jnp.float32)
-
-
-def abstract(product: Product) -> Product:
-    """Its shapes, which a kernel's body may depend on."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), product)

@@ -9,12 +9,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.decode_step.launch import Refs, launch
+from pallas_kernels.decode_step.launch import launch
 from pallas_kernels.decode_step.product import (
     PLANES,
     WIDTH,
     Product,
-    abstract,
     biased,
     finished,
     plane_columns,
@@ -22,6 +21,7 @@ from pallas_kernels.decode_step.product import (
 )
 from pallas_kernels.svsk_matmul.layout import ceil_div
 from pallas_kernels.svsk_matmul.triton_layout import PLANE
+from pallas_kernels.svsk_matmul.triton_operands import Refs, abstract
 from pallas_kernels.svsk_matmul.triton_prepare import Prepared, abstract_prepared, store_superblock
 
 NAME = "svsk_residual"

@@ -1,7 +1,7 @@
 """What the kernels of a laid-out weight share: its arrays as operands by name, and what several load."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.svsk_matmul.triton_layout import PLANE, TritonWeight
 from pallas_kernels.svsk_matmul.triton_planes import UNITS, Codebook, byte_plane, fma_f32
 
+T = TypeVar("T")
 Refs = Mapping[str, Any]
 """A kernel's references by the name of their operand, `out` for the result."""
 
@@ -27,9 +28,9 @@ def weight_operands(
     return found
 
 
-def abstract(weight: TritonWeight) -> TritonWeight:
-    """The weight's shapes, which a kernel's body may depend on."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), weight)
+def abstract(operand: T) -> T:
+    """The shapes of a weight or another tree of arrays, which a kernel's body may depend on."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), operand)
 
 
 def named(names: Sequence[str], refs: Sequence[Any]) -> Refs:

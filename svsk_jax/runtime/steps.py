@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from pallas_kernels.svsk_matmul.layout import ceil_div
 from svsk_jax.model import Decoder, KVCache
 from svsk_jax.model.fused_step import fused_step
 from svsk_jax.runtime.sampling import SamplingNumbers, draw, sample
@@ -36,7 +37,7 @@ def prefill_bucket(length: int, capacity: int) -> int:
 
 def slots_for(capacity: int) -> int:
     """Positions of the fused step's cache for texts of so many: a burst may run past the last token."""
-    return SLOTS * -(-(capacity + BURST) // SLOTS)
+    return SLOTS * ceil_div(capacity + BURST, SLOTS)
 
 
 def prefill(
