@@ -34,7 +34,7 @@ def fused_generator(config, tokenizer):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate_module, "why_not_fused", lambda model: None)
         patch.setattr(steps, "fused_steps", partial(steps.fused_steps, interpret=True))
-        yield TextGenerator(model, tokenizer, capacity=60)
+        return TextGenerator(model, tokenizer, capacity=60)
 
 
 def test_one_after_another_where_the_model_is_not_fused(generator):
