@@ -1,0 +1,75 @@
+"""The mesh of devices, `data` × `model`, and which of its axes each logical axis is divided over."""
+
+import re
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+DATA, MODEL = "data", "model"
+
+MESH_AXIS: dict[str, str | None] = {
+    "batch": DATA,  # chunks of calibration text; texts that are generated side by side
+    "moment_rows": MODEL,  # rows of a second moment H
+    "weight_rows": MODEL,  # rows of a matrix while it is quantized
+    "heads": MODEL,  # attention heads, and the columns of the output projection that read them
+    "mlp": MODEL,  # hidden units between gate, up and down
+    "vocabulary": MODEL,  # rows of embedding and head
+    "experts": MODEL,
+    "hidden": None,  # the residual stream is whole everywhere
+    "tokens": None,
+}
+"""Mesh axis of each logical axis; None: whole on every device. Anything that is sharded looks here."""
+
+
+def make_mesh(data: int = 0, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of `data` × `model` devices, those of one `model` group next to each other.
+
+    Args:
+        data: 0 takes what `model` leaves.
+        model: devices that share one copy of the parameters.
+        devices: default all, of every process.
+
+    Raises:
+        ValueError: not so many devices, or `model` does not divide them.
+    """
+    devices = jax.devices() if devices is None else devices
+    if data < 0 or model < 1:
+        raise ValueError(f"--mesh data={data},model={model}: expected at least one device along each axis")
+    if data == 0:
+        data, left = divmod(len(devices), model)
+        if left or not data:
+            raise ValueError(
+                f"--mesh model={model}: does not divide the {len(devices)} devices that are here"
+            )
+    if data * model > len(devices):
+        raise ValueError(
+            f"--mesh data={data},model={model}: needs {data * model} devices, {len(devices)} are here; "
+            "with --distributed the devices of all processes count"
+        )
+    grid = np.asarray(devices[: data * model], dtype=object).reshape(data, model)
+    return Mesh(grid, (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def parse_mesh(text: str) -> Mesh:
+    """The mesh that `--mesh` names: `data=2,model=4`; an axis left out is 1, except that `data` takes all
+    devices that `model` leaves.
+
+    Raises:
+        ValueError: not of that form, or not so many devices.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        match = re.fullmatch(rf"\s*({DATA}|{MODEL})\s*=\s*([1-9]\d*)\s*", part, re.ASCII)
+        if match is None or match[1] in sizes:
+            raise ValueError(
+                f"--mesh {text!r}: expected data=N,model=M with whole numbers, such as data=2,model=4"
+            )
+        sizes[match[1]] = int(match[2])
+    return make_mesh(sizes.get(DATA, 0), sizes.get(MODEL, 1))
+
+
+def sharding(mesh: Mesh, *logical: str | None) -> NamedSharding:
+    """The sharding of an array whose axes have these logical names; None for an axis that stays whole."""
+    return NamedSharding(mesh, PartitionSpec(*(name and MESH_AXIS[name] for name in logical)))
