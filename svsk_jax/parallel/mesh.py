@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,7 +24,7 @@ MESH_AXIS: dict[str, str | None] = {
 """Mesh axis of each logical axis; None: whole on every device. Anything that is sharded looks here."""
 
 
-def make_mesh(data: int = 0, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(data: int = 0, model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of `data` × `model` devices, those of one `model` group next to each other.
 
     Args:
