@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
+from pallas_kernels import error_feedback as kernels
+from pallas_kernels.svsk_matmul.layout import pad_axis
 from svsk_jax.quant.codebook import decode, round_to_level
 from svsk_jax.quant.metric import HIGHEST
 
@@ -26,32 +28,71 @@ def round_columns(
     Each of a row's `beam_width` beams is a choice of codes so far, its cost and the columns still to come
     after feedback. At each column a beam goes on with the nearest level and with the next one on the other
     side of the weight; the cheapest `beam_width` of all these live on. With one beam it is plain error
-    feedback. f32; K a multiple of `block`.
+    feedback. f32; K a multiple of `block`. On a GPU a block is one kernel (`pallas_kernels.error_feedback`).
 
     Source: the M-algorithm (Anderson & Mohan, 1984), applied to the lattice view of Chen et al., "The
     Geometry of LLM Quantization: GPTQ as Babai's Nearest Plane Algorithm" (2025).
     """
     k, rows = W.shape
-    beams = jnp.arange(beam_width)[:, None]
+    if kernels.why_no_kernel(beam_width) is None:
+        round_block = kernels.round_columns
+        W, scales = (pad_axis(x, 1, kernels.LANES) for x in (W, scales))
+    else:
+        round_block = _round_block
+    padded = W.shape[1]
 
-    def round_block(state, start):
+    def step(state, start):
         W, cost = state
         w = jax.lax.dynamic_slice_in_dim(W, start, block)
         s = jax.lax.dynamic_slice_in_dim(scales, start, block)
         right = jax.lax.dynamic_slice_in_dim(U, start, block)
         square = jax.lax.dynamic_slice_in_dim(right, start, block, axis=1)
-        step = partial(_extend, w, s, square, coefficients)
-        begin = (cost, jnp.broadcast_to(beams, cost.shape), jnp.zeros_like(w))
-        (cost, ancestors, errors), path = jax.lax.scan(step, begin, jnp.arange(block))
+        codes, errors, cost, ancestors = round_block(w, s, square, coefficients, cost)
         later = jnp.where(jnp.arange(k) >= start + block, right, 0.0)
         passed_on = jnp.matmul(later.T, errors.reshape(block, -1), precision=HIGHEST).reshape(W.shape)
-        return (jnp.take_along_axis(W, ancestors[None], axis=1) - passed_on, cost), path
+        if beam_width > 1:
+            W = jnp.take_along_axis(W, ancestors[None], axis=1)
+        return (W - passed_on, cost), (codes, ancestors)
 
-    first = jnp.broadcast_to(jnp.where(beams == 0, 0.0, jnp.inf), (beam_width, rows))
-    start = (jnp.broadcast_to(W[:, None], (k, beam_width, rows)), first)
-    (_, cost), path = jax.lax.scan(round_block, start, jnp.arange(0, k, block))
-    codes, parents = (x.reshape(k, beam_width, rows) for x in path)
-    return _trace_back(codes, parents, jnp.argmin(cost, axis=0))
+    first = jnp.broadcast_to(
+        jnp.where(jnp.arange(beam_width)[:, None] == 0, 0.0, jnp.inf), (beam_width, padded)
+    )
+    begin = (jnp.broadcast_to(W[:, None], (k, beam_width, padded)), first)
+    (_, cost), (codes, ancestors) = jax.lax.scan(step, begin, jnp.arange(0, k, block))
+    return _along(codes, ancestors, jnp.argmin(cost, axis=0))[:, :rows]
+
+
+def _along(
+    codes: UInt8[Array, "n c b r"], ancestors: Int[Array, "n b r"], last: Int[Array, "r"]
+) -> UInt8[Array, "k r"]:
+    """The codes along the path through n blocks that ends in each row's beam `last`."""
+
+    def step(beam, before):
+        return jnp.take_along_axis(before, beam[None], axis=0)[0], beam
+
+    _, tips = jax.lax.scan(step, last, ancestors, reverse=True)
+    picked = jnp.take_along_axis(codes, tips[:, None, None], axis=2)
+    return picked.reshape(-1, picked.shape[-1])
+
+
+def _round_block(
+    w: Float[Array, "c b r"],
+    scales: Float[Array, "c r"],
+    U: Float[Array, "c c"],
+    coefficients: Float[Array, "2"],
+    cost: Float[Array, "b r"],
+) -> kernels.RoundedColumns:
+    """`kernels.round_columns` by XLA, for any number of beams."""
+    beams = jnp.broadcast_to(jnp.arange(len(cost))[:, None], cost.shape)
+    step = partial(_extend, w, scales, U, coefficients)
+    (cost, ancestors, errors), path = jax.lax.scan(step, (cost, beams, jnp.zeros_like(w)), jnp.arange(len(w)))
+
+    def back(tips, column):
+        code, parent = (jnp.take_along_axis(x, tips, axis=0) for x in column)
+        return parent, code
+
+    _, codes = jax.lax.scan(back, beams, path, reverse=True)
+    return kernels.RoundedColumns(codes, errors, cost, ancestors)
 
 
 def _extend(
@@ -88,16 +129,3 @@ def _extend(
     ancestors = jnp.take_along_axis(ancestors, parents, axis=0)
     picked = jnp.take_along_axis(codes, chosen, axis=0).astype(jnp.uint8)
     return (-cheapest.T, ancestors, errors), (picked, parents)
-
-
-def _trace_back(
-    codes: UInt8[Array, "k b r"], parents: Int[Array, "k b r"], last: Int[Array, "r"]
-) -> UInt8[Array, "k r"]:
-    """The codes along the path that ends in each row's beam `last`."""
-
-    def step(beam, column):
-        code, parent = (jnp.take_along_axis(x, beam[None], axis=0)[0] for x in column)
-        return parent, code
-
-    _, found = jax.lax.scan(step, last, (codes, parents), reverse=True)
-    return found

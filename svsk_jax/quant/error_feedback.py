@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
+from pallas_kernels.error_feedback import columns_at_once, why_no_kernel
 from svsk_jax.quant import beam_search
 from svsk_jax.quant.codebook import decode, round_to_level
 from svsk_jax.quant.metric import HIGHEST, band_blocks, bands
@@ -33,6 +34,9 @@ def _round_columns(
     """Codes of Wᵀ, rounded from the first row of W (a column of the matrix) to the last; K a multiple of the
     block."""
     k, rows = W.shape
+    if why_no_kernel(beam_width) is None:
+        block = columns_at_once(beam_width)
+        return beam_search.round_columns(W, scales, U, coefficients, beam_width, block)
     if beam_width > 1:
         return beam_search.round_columns(W, scales, U, coefficients, beam_width, BEAM_BLOCK)
 
