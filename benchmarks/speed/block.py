@@ -1,0 +1,155 @@
+"""Calibrate and quantize the first layers of a large model on this machine, and estimate the whole.
+
+    python -m benchmarks.speed.block [--model Qwen3-8B] [--layers 3] [--chunks 128] [--json results.json]
+
+A checkpoint of `--layers` layers of the model's shapes, with random weights, is written to a temporary folder
+(safetensors, bf16, as the hub has them) and goes through `svsk calibrate` and `svsk quantize` as they are;
+the text is random tokens. Stages as in quantize.py. The first layer of a stage compiles; the whole model is
+estimated as the stage's first layer and as many as are left of its last one, besides what is done once.
+Memory is the accelerator's peak, where it keeps count, and what of it lies beyond one layer's weights.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import os
+import platform
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+from benchmarks.speed.quantize import device_peak_mb, peak_mb
+from convert.names import source_names
+from svsk_jax import CalibrationConfig, Statistics, calibrate, open_model, quantize, recipe
+from svsk_jax.calibration.mixture import Chunks
+from svsk_jax.calibration.store import kept_chunks
+from svsk_jax.known_models import KNOWN
+from svsk_jax.model import ModelConfig
+from svsk_jax.model.parameters import layer_shapes, parameter_shapes
+from svsk_jax.pipeline.progress import Progress
+from svsk_jax.storage.atomic import write_json
+
+LENGTH = 512
+"""Tokens of a chunk."""
+
+
+def write_checkpoint(folder: Path, config: ModelConfig) -> None:
+    """A checkpoint folder of random weights ~ N(0, 1/in), norms of 1, and a tokenizer of one token."""
+    names = source_names(config, "hf")
+    rng = np.random.default_rng(0)
+    tensors = {}
+    for path, shape in parameter_shapes(config).items():
+        value = np.ones(shape, np.float32)
+        if len(shape) == 2:
+            value = rng.standard_normal(shape, np.float32) / np.float32(shape[1] ** 0.5)
+        tensors[names[path].hf] = value.astype(ml_dtypes.bfloat16)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_json(folder / "config.json", config.to_hf())
+    tokenizer = Tokenizer(WordLevel({"<end>": 0}, unk_token="<end>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(str(folder))
+
+
+class Laps:
+    """Wall time at which each layer of each stage was done."""
+
+    def __init__(self):
+        self.done: dict[str, list[float]] = {}
+        self._mark = time.perf_counter()
+
+    def __call__(self, event: Progress) -> None:
+        """Book the time since the last call."""
+        now = time.perf_counter()
+        self.done.setdefault(event.stage, []).append(now - self._mark)
+        self._mark = now
+        print(f"  {event.stage:<12} layer {event.layer}: {self.done[event.stage][-1]:7.2f} s", flush=True)
+
+
+def whole(stages: dict[str, list[float]], layers: int) -> dict[str, float]:
+    """Seconds of each stage for a model of so many layers."""
+    return {stage: each[0] + (layers - 1) * each[-1] for stage, each in stages.items()}
+
+
+def measure(config: ModelConfig, name: str, layers: int, chunks: int, work: Path) -> dict[str, Any]:
+    """Run the stages; prints as it goes."""
+    few = dataclasses.replace(config, num_layers=layers)
+    model, statistics = work / "model", work / "statistics"
+    model.mkdir()
+    write_checkpoint(model, few)
+    ids = np.random.default_rng(1).integers(0, few.vocab_size, (chunks, LENGTH), np.int32)
+    kept_chunks(work / "text", lambda: Chunks(ids=ids, counts={"random tokens": chunks}))
+    source, laps = open_model(str(model)), Laps()
+    manifest = calibrate(source, statistics, CalibrationConfig(), keep_text=work / "text", on_progress=laps)
+    result = quantize(
+        source,
+        work / "out",
+        recipe(name),
+        recipe=name,
+        statistics=Statistics.open(statistics),
+        on_progress=laps,
+    )
+    block = 2 * sum(int(np.prod(shape)) for shape in layer_shapes(few).values()) / 1e6
+    once = {
+        "load": manifest["seconds"].get("load", 0.0) + result.seconds.get("load", 0.0),
+        "write": result.seconds.get("write", 0.0),
+    }
+    estimate = whole(laps.done, config.num_layers)
+    peak = device_peak_mb()
+    return {
+        "seconds_by_layer": laps.done,
+        "seconds_in_all": {"calibrate": manifest["seconds"], "quantize": result.seconds},
+        "once_or_overlapped": once,
+        "estimate_seconds": {**estimate, "total": sum(estimate.values())},
+        "device_peak_mb": peak,
+        "device_peak_mb_beyond_a_layer": None if peak is None else peak - block,
+        "host_peak_mb": peak_mb(),
+        "linear_bits_per_weight": result.budget.linear_bits,
+        "layer_errors": result.errors,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed.block",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", default="Qwen3-8B", choices=sorted(KNOWN))
+    parser.add_argument("--recipe", default="svsk-r16")
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--chunks", type=int, default=128)
+    parser.add_argument("--json", type=Path, default=None)
+    arguments = parser.parse_args()
+    report: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}",
+        "versions": {name: version(name) for name in ("jax", "flax", "orbax-checkpoint")},
+        "model": arguments.model,
+        "recipe": arguments.recipe,
+        "tokens": arguments.chunks * LENGTH,
+    }
+    print(f"{arguments.recipe}, {arguments.model}, on {report['machine']}, {report['date']}")
+    with tempfile.TemporaryDirectory() as folder:
+        report |= measure(
+            KNOWN[arguments.model], arguments.recipe, arguments.layers, arguments.chunks, Path(folder)
+        )
+    for stage, seconds in report["estimate_seconds"].items():
+        print(f"  {arguments.model}, estimated: {stage:<12} {seconds:8.1f} s")
+    print(
+        f"  device peak {report['device_peak_mb']} MB, beyond a layer {report['device_peak_mb_beyond_a_layer']} MB"
+    )
+    if arguments.json:
+        write_json(arguments.json, report)
+
+
+if __name__ == "__main__":
+    main()
