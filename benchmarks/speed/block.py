@@ -144,9 +144,8 @@ def main() -> None:
         )
     for stage, seconds in report["estimate_seconds"].items():
         print(f"  {arguments.model}, estimated: {stage:<12} {seconds:8.1f} s")
-    print(
-        f"  device peak {report['device_peak_mb']} MB, beyond a layer {report['device_peak_mb_beyond_a_layer']} MB"
-    )
+    for what in ("device_peak_mb", "device_peak_mb_beyond_a_layer", "host_peak_mb"):
+        print(f"  {what}: {report[what]}")
     if arguments.json:
         write_json(arguments.json, report)
 
