@@ -20,9 +20,11 @@ from pallas_kernels.svsk_matmul.api import why_no_triton
 NAME = "svsk_round_columns"
 LANES = 32
 """Rows of a program, which is one warp."""
-REGISTERS = 128
+REGISTERS = 64
 """Weights that a thread holds: columns of a block times beams."""
 MOST_COLUMNS, MOST_BEAMS = 64, 4
+LINE = 32
+"""f32 of a line of the cache."""
 CODE_BITS, TOP_CODE = 4, 15
 
 
@@ -119,11 +121,15 @@ def _kernel(
     def store(ref, value: jax.Array, *at: jax.Array | int) -> None:
         plgpu.store(ref.at[(*map(jnp.int32, at), rows)], value)
 
+    def ahead(j):
+        """What column j needs first. Loading it a column early brings the lines of its row of U near."""
+        firsts = [plgpu.load(u_ref.at[j, jnp.int32(at)]) for at in range(0, columns, LINE)]
+        return load(scales_ref, j), *firsts
+
     def round_column(j, state):
-        weights, cost = state
-        scale = load(scales_ref, j)
+        weights, cost, (scale, diagonal, *_) = state
+        coming = ahead(jnp.minimum(j + 1, columns - 1))
         safe = jnp.where(scale == 0, 1.0, scale)
-        diagonal = plgpu.load(u_ref.at[j, j])
         nearest, other = [], []
         for beam in range(beams):
             target = weights[0][beam]
@@ -149,20 +155,16 @@ def _kernel(
         # The column just rounded is shifted out: what comes next is always the first.
         shifted = []
         for offset in range(1, columns):
-            factor = plgpu.load(u_ref.at[j, j + jnp.int32(offset)])
+            factor = plgpu.load(u_ref.at[j, jnp.int32(offset)])
             shifted.append(
                 [_pick(weights[offset], parents[beam]) - factor * errors[beam] for beam in range(beams)]
             )
         shifted.append(weights[-1])
-        return shifted, [each for each, _ in kept]
+        return shifted, [each for each, _ in kept], coming
 
     weights = [[load(w_ref, column, beam) for beam in range(beams)] for column in range(columns)]
-    _, cost = lax.fori_loop(
-        jnp.int32(0),
-        jnp.int32(columns),
-        round_column,
-        (weights, [load(cost_ref, beam) for beam in range(beams)]),
-    )
+    begin = weights, [load(cost_ref, beam) for beam in range(beams)], ahead(jnp.int32(0))
+    _, cost, _ = lax.fori_loop(jnp.int32(0), jnp.int32(columns), round_column, begin)
     for beam in range(beams):
         store(cost_out_ref, cost[beam], beam)
     if beams == 1:
@@ -211,8 +213,9 @@ def round_columns(
     """
     columns, beams, rows = W.shape
     shape = jax.ShapeDtypeStruct
-    # Beyond the square a thread reads what it never uses.
-    wide = jnp.pad(U, ((0, 0), (0, columns)))
+    # Row j from its diagonal on: a thread that has shifted its weights reads at the same places for each j.
+    wide = jnp.pad(U, ((0, 0), (0, columns))).reshape(-1)
+    skewed = jnp.pad(wide, (0, columns)).reshape(columns, 2 * columns + 1)[:, :columns]
     found = pl.pallas_call(
         partial(_kernel, columns=columns, beams=beams),
         grid=(rows // LANES,),
@@ -225,5 +228,5 @@ def round_columns(
         compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
         interpret=interpret,
         name=NAME,
-    )(W, scales, wide, coefficients, cost)
+    )(W, scales, skewed, coefficients, cost)
     return RoundedColumns(*found)

@@ -1,10 +1,11 @@
 """Error feedback over the columns of a row that follows several roundings at once and keeps the cheapest."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from pallas_kernels import error_feedback as kernels
 from pallas_kernels.svsk_matmul.layout import pad_axis
@@ -12,6 +13,8 @@ from svsk_jax.quant.codebook import decode, round_to_level
 from svsk_jax.quant.metric import HIGHEST
 
 TOP_CODE = 15
+WINDOWS = (128, 64)
+"""Columns between updates of all later ones; the first of these that divides K."""
 
 
 def round_columns(
@@ -39,27 +42,76 @@ def round_columns(
         W, scales = (pad_axis(x, 1, kernels.LANES) for x in (W, scales))
     else:
         round_block = _round_block
-    padded = W.shape[1]
+    # Columns far off are brought up to date once for a window of blocks: they are most of the work.
+    window = next(size for size in (*WINDOWS, block) if k % size == 0)
+    beams = (beam_width, W.shape[1])
 
     def step(state, start):
         W, cost = state
-        w = jax.lax.dynamic_slice_in_dim(W, start, block)
-        s = jax.lax.dynamic_slice_in_dim(scales, start, block)
-        right = jax.lax.dynamic_slice_in_dim(U, start, block)
-        square = jax.lax.dynamic_slice_in_dim(right, start, block, axis=1)
-        codes, errors, cost, ancestors = round_block(w, s, square, coefficients, cost)
-        later = jnp.where(jnp.arange(k) >= start + block, right, 0.0)
-        passed_on = jnp.matmul(later.T, errors.reshape(block, -1), precision=HIGHEST).reshape(W.shape)
-        if beam_width > 1:
-            W = jnp.take_along_axis(W, ancestors[None], axis=1)
-        return (W - passed_on, cost), (codes, ancestors)
+        right = jax.lax.dynamic_slice_in_dim(U, start, window)
+        w, s = (jax.lax.dynamic_slice_in_dim(x, start, window) for x in (W, scales))
+        square = jax.lax.dynamic_slice_in_dim(right, start, window, axis=1)
+        errors, cost, ancestors, path = _round_window(w, s, square, coefficients, cost, round_block, block)
+        return (_brought_up(W, right, errors, ancestors, start + window), cost), path
 
-    first = jnp.broadcast_to(
-        jnp.where(jnp.arange(beam_width)[:, None] == 0, 0.0, jnp.inf), (beam_width, padded)
-    )
-    begin = (jnp.broadcast_to(W[:, None], (k, beam_width, padded)), first)
-    (_, cost), (codes, ancestors) = jax.lax.scan(step, begin, jnp.arange(0, k, block))
+    first = jnp.broadcast_to(jnp.where(jnp.arange(beam_width)[:, None] == 0, 0.0, jnp.inf), beams)
+    begin = (jnp.broadcast_to(W[:, None], (k, *beams)), first)
+    (_, cost), path = jax.lax.scan(step, begin, jnp.arange(0, k, window))
+    codes, ancestors = (x.reshape(-1, *x.shape[2:]) for x in path)
     return _along(codes, ancestors, jnp.argmin(cost, axis=0))[:, :rows]
+
+
+def _brought_up(
+    W: Float[Array, "k b r"],
+    U: Float[Array, "c k"],
+    errors: Float[Array, "c b r"],
+    ancestors: Int[Array, "b r"],
+    start: int | Int[Array, ""],
+) -> Float[Array, "k b r"]:
+    """The columns from `start` on, after feedback of the errors of c columns to the beams that live on."""
+    later = jnp.where(jnp.arange(len(W)) >= start, U, 0.0)
+    passed_on = jnp.matmul(later.T, errors.reshape(len(U), -1), precision=HIGHEST).reshape(W.shape)
+    return _descended(W, ancestors) - passed_on
+
+
+def _descended(x: Shaped[Array, "*c b r"], ancestors: Int[Array, "b r"]) -> Shaped[Array, "*c b r"]:
+    """What each beam has from the one that it comes from."""
+    if len(ancestors) == 1:
+        return x
+    return jnp.take_along_axis(x, jnp.expand_dims(ancestors, range(x.ndim - 2)), axis=-2)
+
+
+def _round_window(
+    W: Float[Array, "w b r"],
+    scales: Float[Array, "w r"],
+    U: Float[Array, "w w"],
+    coefficients: Float[Array, "2"],
+    cost: Float[Array, "b r"],
+    round_block: Callable[..., kernels.RoundedColumns],
+    block: int,
+) -> tuple[
+    Float[Array, "w b r"],
+    Float[Array, "b r"],
+    Int[Array, "b r"],
+    tuple[UInt8[Array, "n c b r"], Int[Array, "n b r"]],
+]:
+    """Round a window of columns block by block: the errors, costs and ancestors of the beams that live on,
+    and the codes and ancestors of each block."""
+
+    def step(state, start):
+        W, errors, cost, ancestors = state
+        w, s, right = (jax.lax.dynamic_slice_in_dim(x, start, block) for x in (W, scales, U))
+        square = jax.lax.dynamic_slice_in_dim(right, start, block, axis=1)
+        found = round_block(w, s, square, coefficients, cost)
+        W = _brought_up(W, right, found.errors, found.ancestors, start + block)
+        errors, ancestors = (_descended(x, found.ancestors) for x in (errors, ancestors))
+        errors = jax.lax.dynamic_update_slice_in_dim(errors, found.errors, start, axis=0)
+        return (W, errors, found.cost, ancestors), (found.codes, found.ancestors)
+
+    beams = jnp.broadcast_to(jnp.arange(len(cost), dtype=jnp.int32)[:, None], cost.shape)
+    begin = (W, jnp.zeros_like(W), cost, beams)
+    (_, errors, cost, ancestors), path = jax.lax.scan(step, begin, jnp.arange(0, len(W), block))
+    return errors, cost, ancestors, path
 
 
 def _along(

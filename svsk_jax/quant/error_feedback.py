@@ -14,7 +14,7 @@ from svsk_jax.quant.metric import HIGHEST, band_blocks, bands
 
 COLUMN_BLOCK = 64
 BEAM_BLOCK = 32
-"""Columns between updates of all later ones, where several beams are followed."""
+"""Columns of a block where several beams are followed."""
 
 
 def pad_square(U: Float[Array, "*b n n"], size: int) -> jax.Array:
