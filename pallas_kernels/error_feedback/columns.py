@@ -1,6 +1,6 @@
-"""The Triton kernel that rounds a block of columns with error feedback, following several beams of each row.
+"""The Triton kernel that rounds a block of columns with error feedback, following several beams of a row.
 
-Each thread has a row, whose weights still to be rounded it holds in registers, a set for each beam. XLA would
+A warp has a row, whose weights still to be rounded it holds in registers, a set for each beam. XLA would
 start some twenty kernels for each column instead.
 """
 
@@ -18,13 +18,9 @@ from jaxtyping import Array, Float, Int, UInt8
 from pallas_kernels.svsk_matmul.api import why_no_triton
 
 NAME = "svsk_round_columns"
-LANES = 32
-"""Rows of a program, which is one warp."""
-REGISTERS = 64
-"""Weights that a thread holds: columns of a block times beams."""
-MOST_COLUMNS, MOST_BEAMS = 64, 4
-LINE = 32
-"""f32 of a line of the cache."""
+COLUMNS = 128
+"""Columns of a block: a thread has a few of them."""
+MOST_BEAMS = 4
 CODE_BITS, TOP_CODE = 4, 15
 
 
@@ -37,11 +33,6 @@ class RoundedColumns(NamedTuple):
     cost: Float[Array, "b r"]
     ancestors: Int[Array, "b r"]
     """The beam at the block's start that each comes from."""
-
-
-def columns_at_once(beams: int) -> int:
-    """Columns of a block for so many beams."""
-    return min(MOST_COLUMNS, REGISTERS // beams)
 
 
 def why_no_kernel(beams: int) -> str | None:
@@ -77,7 +68,7 @@ def _cheapest(
 
 
 def _pick(values: Sequence[jax.Array], index: jax.Array) -> jax.Array:
-    """values[index], for each row."""
+    """values[index], the index a scalar."""
     values = list(values)
     bit = 1
     while len(values) > 1:
@@ -101,7 +92,8 @@ def _kernel(
     columns: int,
     beams: int,
 ):
-    rows = pl.ds(pl.program_id(0) * LANES, LANES)
+    row = pl.program_id(0)
+    column = lax.broadcasted_iota(jnp.int32, (columns,), 0)
     pair = [plgpu.load(coefficients_ref.at[jnp.int32(index)]) for index in range(2)]
 
     def level(code: jax.Array) -> jax.Array:
@@ -109,83 +101,68 @@ def _kernel(
         return t + pair[0] * t * t * t - pair[1]
 
     def nearest_code(z: jax.Array) -> jax.Array:
-        code = jnp.zeros(z.shape, jnp.int32)
+        code = jnp.int32(0)
         for bit in (8, 4, 2, 1):
             higher = code + bit
             code = jnp.where(z > (level(higher) + level(higher - 1)) / 2, higher, code)
         return code
 
-    def load(ref, *at: jax.Array | int) -> jax.Array:
-        return plgpu.load(ref.at[(*map(jnp.int32, at), rows)])
-
-    def store(ref, value: jax.Array, *at: jax.Array | int) -> None:
-        plgpu.store(ref.at[(*map(jnp.int32, at), rows)], value)
-
-    def ahead(j):
-        """What column j needs first. Loading it a column early brings the lines of its row of U near."""
-        firsts = [plgpu.load(u_ref.at[j, jnp.int32(at)]) for at in range(0, columns, LINE)]
-        return load(scales_ref, j), *firsts
+    def ahead(j: jax.Array) -> tuple[jax.Array, ...]:
+        """What column j needs, loaded a column early: scale, U_jj, and row j of U."""
+        loaded = plgpu.load(scales_ref.at[j, row]), plgpu.load(u_ref.at[j, j])
+        return *loaded, plgpu.load(u_ref.at[j, pl.ds(jnp.int32(0), columns)])
 
     def round_column(j, state):
-        weights, cost, (scale, diagonal, *_) = state
+        weights, codes, cost, ancestors, (scale, diagonal, right) = state
         coming = ahead(jnp.minimum(j + 1, columns - 1))
+        here, later = column == j, jnp.where(column > j, right, 0.0)
         safe = jnp.where(scale == 0, 1.0, scale)
+        targets = [jnp.sum(jnp.where(here, each, 0.0)) for each in weights]
         nearest, other = [], []
-        for beam in range(beams):
-            target = weights[0][beam]
+        for beam, target in enumerate(targets):
             z = target / safe
             code = nearest_code(z)
             found = level(code)
             miss = (target - scale * found) / diagonal
             nearest.append((cost[beam] + miss * miss, code | (beam << CODE_BITS)))
             if beams > 1:
-                beyond = code + jnp.where(z > found, 1, -1)
+                beyond = jnp.where(z > found, code + 1, code - 1)
                 miss = (target - scale * level(beyond)) / diagonal
                 exists = (beyond >= 0) & (beyond <= TOP_CODE)
                 worse = jnp.where(exists, cost[beam] + miss * miss, jnp.inf)
                 other.append((worse, jnp.where(exists, beyond, 0) | (beam << CODE_BITS)))
         kept = _cheapest(nearest, other) if beams > 1 else nearest
-        parents = [what >> CODE_BITS for _, what in kept]
-        errors = []
-        for beam, (_, what) in enumerate(kept):
-            target = _pick(weights[0], parents[beam])
-            errors.append((target - scale * level(what & TOP_CODE)) / diagonal)
-            store(codes_ref, what.astype(jnp.uint8), j, beam)
-            store(errors_ref, errors[-1], j, beam)
-        # The column just rounded is shifted out: what comes next is always the first.
-        shifted = []
-        for offset in range(1, columns):
-            factor = plgpu.load(u_ref.at[j, jnp.int32(offset)])
-            shifted.append(
-                [_pick(weights[offset], parents[beam]) - factor * errors[beam] for beam in range(beams)]
+        grown = []
+        for _, what in kept:
+            parent, code = what >> CODE_BITS, what & TOP_CODE
+            error = (_pick(targets, parent) - scale * level(code)) / diagonal
+            # A column that is done keeps its error where its weight was.
+            passed_on = _pick(weights, parent) - later * error
+            grown.append(
+                (
+                    jnp.where(here, error, passed_on),
+                    jnp.where(here, code, _pick(codes, parent)),
+                    _pick(ancestors, parent),
+                )
             )
-        shifted.append(weights[-1])
-        return shifted, [each for each, _ in kept], coming
+        weights, codes, ancestors = (list(each) for each in zip(*grown, strict=True))
+        return weights, codes, [each for each, _ in kept], ancestors, coming
 
-    weights = [[load(w_ref, column, beam) for beam in range(beams)] for column in range(columns)]
-    begin = weights, [load(cost_ref, beam) for beam in range(beams)], ahead(jnp.int32(0))
-    _, cost, _ = lax.fori_loop(jnp.int32(0), jnp.int32(columns), round_column, begin)
+    whole = pl.ds(jnp.int32(0), columns)
+    begin = (
+        [plgpu.load(w_ref.at[whole, jnp.int32(beam), row]) for beam in range(beams)],
+        [jnp.zeros((columns,), jnp.int32)] * beams,
+        [plgpu.load(cost_ref.at[jnp.int32(beam), row]) for beam in range(beams)],
+        [jnp.int32(beam) for beam in range(beams)],
+        ahead(jnp.int32(0)),
+    )
+    errors, codes, cost, ancestors, _ = lax.fori_loop(jnp.int32(0), jnp.int32(columns), round_column, begin)
     for beam in range(beams):
-        store(cost_out_ref, cost[beam], beam)
-    if beams == 1:
-        store(ancestors_ref, jnp.zeros((LANES,), jnp.int32), 0)
-        return
-
-    def trace_back(step, tips):
-        j = jnp.int32(columns - 1) - step
-        packed = [load(codes_ref, j, beam).astype(jnp.int32) for beam in range(beams)]
-        missed = [load(errors_ref, j, beam) for beam in range(beams)]
-        before = []
-        for beam, tip in enumerate(tips):
-            what = _pick(packed, tip)
-            store(codes_ref, (what & TOP_CODE).astype(jnp.uint8), j, beam)
-            store(errors_ref, _pick(missed, tip), j, beam)
-            before.append(what >> CODE_BITS)
-        return before
-
-    tips = [jnp.full((LANES,), beam, jnp.int32) for beam in range(beams)]
-    for beam, tip in enumerate(lax.fori_loop(jnp.int32(0), jnp.int32(columns), trace_back, tips)):
-        store(ancestors_ref, tip, beam)
+        at = jnp.int32(beam)
+        plgpu.store(errors_ref.at[whole, at, row], errors[beam])
+        plgpu.store(codes_ref.at[whole, at, row], codes[beam].astype(jnp.uint8))
+        plgpu.store(cost_out_ref.at[at, row], cost[beam])
+        plgpu.store(ancestors_ref.at[at, row], ancestors[beam])
 
 
 @partial(jax.jit, static_argnames="interpret")
@@ -202,7 +179,7 @@ def round_columns(
     next one on the other side of the weight, and the cheapest B of all live on. f32.
 
     Args:
-        W: the columns of each beam's row, R a multiple of `LANES`.
+        W: the columns of each beam's row, C a power of two.
         scales: of each weight.
         U: the block's own square of the upper factor of H⁻¹.
         coefficients: (a, δ) of the codebook.
@@ -213,12 +190,9 @@ def round_columns(
     """
     columns, beams, rows = W.shape
     shape = jax.ShapeDtypeStruct
-    # Row j from its diagonal on: a thread that has shifted its weights reads at the same places for each j.
-    wide = jnp.pad(U, ((0, 0), (0, columns))).reshape(-1)
-    skewed = jnp.pad(wide, (0, columns)).reshape(columns, 2 * columns + 1)[:, :columns]
     found = pl.pallas_call(
         partial(_kernel, columns=columns, beams=beams),
-        grid=(rows // LANES,),
+        grid=(rows,),
         out_shape=(
             shape((columns, beams, rows), jnp.uint8),
             shape((columns, beams, rows), jnp.float32),
@@ -228,5 +202,5 @@ def round_columns(
         compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
         interpret=interpret,
         name=NAME,
-    )(W, scales, skewed, coefficients, cost)
+    )(W, scales, U, coefficients, cost)
     return RoundedColumns(*found)

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from pallas_kernels import error_feedback as kernels
-from pallas_kernels.svsk_matmul.layout import pad_axis
 from svsk_jax.quant.codebook import decode, round_to_level
 from svsk_jax.quant.metric import HIGHEST
 
 TOP_CODE = 15
-WINDOWS = (128, 64)
+WINDOWS = (kernels.COLUMNS, 64, 32)
 """Columns between updates of all later ones; the first of these that divides K."""
+BLOCK = 32
+"""Columns of a block where XLA rounds them."""
 
 
 def round_columns(
@@ -23,7 +24,6 @@ def round_columns(
     U: Float[Array, "k k"],
     coefficients: Float[Array, "2"],
     beam_width: int,
-    block: int,
 ) -> UInt8[Array, "k r"]:
     """Codes of Wᵀ, from the first row of W (a column of the matrix) to the last, that keep Σ_k (e_k / U_kk)²
     small for each row, which with H⁻¹ = Uᵀ U is e H eᵀ.
@@ -31,20 +31,17 @@ def round_columns(
     Each of a row's `beam_width` beams is a choice of codes so far, its cost and the columns still to come
     after feedback. At each column a beam goes on with the nearest level and with the next one on the other
     side of the weight; the cheapest `beam_width` of all these live on. With one beam it is plain error
-    feedback. f32; K a multiple of `block`. On a GPU a block is one kernel (`pallas_kernels.error_feedback`).
+    feedback. f32; K a multiple of 32. On a GPU a block is one kernel (`pallas_kernels.error_feedback`).
 
     Source: the M-algorithm (Anderson & Mohan, 1984), applied to the lattice view of Chen et al., "The
     Geometry of LLM Quantization: GPTQ as Babai's Nearest Plane Algorithm" (2025).
     """
     k, rows = W.shape
-    if kernels.why_no_kernel(beam_width) is None:
-        round_block = kernels.round_columns
-        W, scales = (pad_axis(x, 1, kernels.LANES) for x in (W, scales))
-    else:
-        round_block = _round_block
     # Columns far off are brought up to date once for a window of blocks: they are most of the work.
-    window = next(size for size in (*WINDOWS, block) if k % size == 0)
-    beams = (beam_width, W.shape[1])
+    window = next(size for size in WINDOWS if k % size == 0)
+    by_kernel = kernels.why_no_kernel(beam_width) is None
+    round_block, block = (kernels.round_columns, window) if by_kernel else (_round_block, BLOCK)
+    beams = (beam_width, rows)
 
     def step(state, start):
         W, cost = state
@@ -58,7 +55,7 @@ def round_columns(
     begin = (jnp.broadcast_to(W[:, None], (k, *beams)), first)
     (_, cost), path = jax.lax.scan(step, begin, jnp.arange(0, k, window))
     codes, ancestors = (x.reshape(-1, *x.shape[2:]) for x in path)
-    return _along(codes, ancestors, jnp.argmin(cost, axis=0))[:, :rows]
+    return _along(codes, ancestors, jnp.argmin(cost, axis=0))
 
 
 def _brought_up(

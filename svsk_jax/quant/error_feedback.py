@@ -7,14 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
-from pallas_kernels.error_feedback import columns_at_once, why_no_kernel
+from pallas_kernels.error_feedback import why_no_kernel
 from svsk_jax.quant import beam_search
 from svsk_jax.quant.codebook import decode, round_to_level
 from svsk_jax.quant.metric import HIGHEST, band_blocks, bands
 
 COLUMN_BLOCK = 64
-BEAM_BLOCK = 32
-"""Columns of a block where several beams are followed."""
 
 
 def pad_square(U: Float[Array, "*b n n"], size: int) -> jax.Array:
@@ -34,11 +32,8 @@ def _round_columns(
     """Codes of Wᵀ, rounded from the first row of W (a column of the matrix) to the last; K a multiple of the
     block."""
     k, rows = W.shape
-    if why_no_kernel(beam_width) is None:
-        block = columns_at_once(beam_width)
-        return beam_search.round_columns(W, scales, U, coefficients, beam_width, block)
-    if beam_width > 1:
-        return beam_search.round_columns(W, scales, U, coefficients, beam_width, BEAM_BLOCK)
+    if beam_width > 1 or why_no_kernel(beam_width) is None:
+        return beam_search.round_columns(W, scales, U, coefficients, beam_width)
 
     def round_block(W, start):
         w = jax.lax.dynamic_slice(W, (start, 0), (COLUMN_BLOCK, rows))

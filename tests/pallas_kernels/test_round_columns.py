@@ -4,21 +4,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.error_feedback import LANES, round_columns, why_no_kernel
+from pallas_kernels.error_feedback import round_columns, why_no_kernel
 from svsk_jax.quant.beam_search import _round_block
 
 COMPANDED = (0.008, 0.3)
+ROWS = 24
 
 
 def problem(columns, beams, seed=0):
     rng = np.random.default_rng(seed)
-    W = rng.standard_normal((columns, beams, 2 * LANES), np.float32)
-    scales = rng.uniform(0.1, 0.3, (columns, 2 * LANES)).astype(np.float32)
+    W = rng.standard_normal((columns, beams, ROWS), np.float32)
+    scales = rng.uniform(0.1, 0.3, (columns, ROWS)).astype(np.float32)
     scales *= rng.choice([-1, 1], scales.shape)
     scales[1, :5] = 0
     x = rng.standard_normal((4 * columns, columns)) + rng.standard_normal((4 * columns, 1))
     U = np.linalg.cholesky(np.linalg.inv(x.T @ x / len(x))).T
-    cost = np.sort(rng.uniform(0, 1, (beams, 2 * LANES)), axis=0).astype(np.float32)
+    cost = np.sort(rng.uniform(0, 1, (beams, ROWS)), axis=0).astype(np.float32)
     cost[1:, :7] = np.inf
     coefficients = jnp.asarray(COMPANDED, jnp.float16).astype(jnp.float32)
     return (*map(jnp.float32, (W, scales, U)), coefficients, jnp.float32(cost))
