@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+from svsk_jax.xla_flags import take_library_products
+
 CRASHING = """
 import svsk_jax, jax, jax.numpy as jnp
 def total(u, v, W):
@@ -18,3 +20,13 @@ def test_a_sum_over_a_restored_sidecar():
     done = subprocess.run([sys.executable, "-c", CRASHING], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == 576 * 576
+
+
+def test_what_the_user_set_is_left_alone(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=here")
+    take_library_products()
+    take_library_products()
+    assert os.environ["XLA_FLAGS"] == "--xla_dump_to=here --xla_gpu_enable_triton_gemm=false"
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
+    take_library_products()
+    assert os.environ["XLA_FLAGS"] == "--xla_gpu_enable_triton_gemm=true"

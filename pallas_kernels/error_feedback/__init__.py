@@ -2,9 +2,10 @@
 
 from pallas_kernels.error_feedback.columns import (
     COLUMNS,
+    NAME,
     RoundedColumns,
     round_columns,
     why_no_kernel,
 )
 
-__all__ = ["COLUMNS", "RoundedColumns", "round_columns", "why_no_kernel"]
+__all__ = ["COLUMNS", "NAME", "RoundedColumns", "round_columns", "why_no_kernel"]

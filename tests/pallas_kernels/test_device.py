@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_round_columns import problem as rounding_problem
 from weights import FORMS, TOLERANCE, error, exact, normal, random_int8, random_weight
 
+from pallas_kernels.error_feedback import COLUMNS, round_columns
 from pallas_kernels.svsk_matmul import (
     lay_out,
     lay_out_int8,
@@ -19,6 +21,7 @@ from pallas_kernels.svsk_matmul import (
     why_no_triton,
 )
 from pallas_kernels.svsk_matmul.tuning import FUSED_LIMIT
+from svsk_jax.quant.beam_search import _round_block
 
 REASON = why_no_triton("bfloat16")
 pytestmark = pytest.mark.skipif(
@@ -90,3 +93,12 @@ def test_a_layer_of_a_stack(m, rng):
     _, ys = jax.jit(lambda: jax.lax.scan(step, 0, jnp.arange(3)))()
     for y, weight in zip(ys, layers, strict=True):
         assert error(y, exact(x, weight)) < 1e-3
+
+
+@pytest.mark.parametrize("beams", [1, 2, 4])
+def test_columns_are_rounded_as_xla_does(beams):
+    operands = rounding_problem(COLUMNS, beams)
+    ours, theirs = round_columns(*operands), jax.jit(_round_block)(*operands)
+    costs = [np.sort(each.cost, axis=0) for each in (ours, theirs)]
+    np.testing.assert_allclose(*costs, rtol=1e-3)
+    assert np.mean(np.asarray(ours.codes) == np.asarray(theirs.codes)) > 0.95
