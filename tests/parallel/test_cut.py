@@ -45,7 +45,9 @@ def test_column_tiles_keep_u_and_take_their_columns_of_v():
     np.testing.assert_allclose(together, restore(weight), atol=1e-6)
 
 
-@pytest.mark.parametrize("form", [FORMS["whole tiles, ranks that differ"], {"ranks": (0, 5), "tile": (64, 300)}])
+@pytest.mark.parametrize(
+    "form", [FORMS["whole tiles, ranks that differ"], {"ranks": (0, 5), "tile": (64, 300)}]
+)
 def test_parts_made_alike_restore_to_the_same(form):
     weight = weight_of(form)
     parts = cut(weight, 2, 0)
@@ -75,8 +77,18 @@ def test_int8_and_dense(axis):
     [
         ({}, 3, 0, "256 rows do not divide by 3"),
         ({}, 8, 1, "128 of 1024 columns are not whole groups of 256"),
-        ({"flat": True, "group": 64, "coefficients": None}, 32, 1, "32 of 1024 columns are not whole groups of 64"),
-        ({"ranks": 1, "tile": (100, 0)}, 2, 0, "128 rows and the sidecar's tiles of 100 have only blocks of 4"),
+        (
+            {"flat": True, "group": 64, "coefficients": None},
+            32,
+            1,
+            "32 of 1024 columns are not whole groups of 64",
+        ),
+        (
+            {"ranks": 1, "tile": (100, 0)},
+            2,
+            0,
+            "128 rows and the sidecar's tiles of 100 have only blocks of 4",
+        ),
     ],
 )
 def test_what_does_not_divide(form, parts, axis, why):
