@@ -71,9 +71,9 @@ class Decoder(nnx.Module):
     matrices may be packed.
 
     A module is a pytree: `jax.jit(lambda model, tokens: model(tokens))` is how to run it. Activations have
-    `dtype`. `num_layers` builds only the first layers, 0 embedding and head alone. With `axis`, the parameters
-    are one device's share of those along that axis of a mesh (`parallel.decoder`), and the module runs under
-    `jax.shard_map`.
+    `dtype`. `num_layers` builds only the first layers, 0 embedding and head alone. With `axis`, the
+    parameters are one device's share of those along that axis of a mesh (`parallel.decoder`), and the module
+    runs under `jax.shard_map`.
     """
 
     def __init__(

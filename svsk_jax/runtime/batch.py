@@ -27,9 +27,9 @@ def generate_batch(
     """Continue several prompts, each as `generator.generate` continues it alone, up to rounding.
 
     Where the model runs by the fused step, up to 64 texts take each step together, on each copy of a model
-    over a mesh; elsewhere they come one after another. `tokens_per_second` of a result counts its own tokens over the time of its whole group.
-    All draw with the same seed: equal prompts give equal texts. Each of the step's 1, 8, 16, 32 or 64 places
-    holds a cache of the generator's capacity.
+    over a mesh; elsewhere they come one after another. `tokens_per_second` of a result counts its own tokens
+    over the time of its whole group. All draw with the same seed: equal prompts give equal texts. Each of the
+    step's 1, 8, 16, 32 or 64 places holds a cache of the generator's capacity.
 
     Raises:
         ValueError: as `TextGenerator.stream`, with the number of the first prompt that is wrong.

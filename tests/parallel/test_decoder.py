@@ -15,8 +15,8 @@ from svsk_jax.model.fused_step import fused_step
 from svsk_jax.model.laid_out import lay_out_parameters
 from svsk_jax.model.parameters import QUANTIZED_LINEARS, layer_parameters, random_parameters
 from svsk_jax.models import load_model
-from svsk_jax.parallel import make_mesh
 from svsk_jax.parallel import decoder as parallel_decoder
+from svsk_jax.parallel import make_mesh
 from svsk_jax.parallel.decoder import load_parallel
 from svsk_jax.runtime import TextGenerator, generate_batch, steps
 from svsk_jax.runtime import generate as generate_module
