@@ -25,6 +25,9 @@ from svsk_jax.model.linear import Linear, join_over, sum_over
 
 LARGEST_BATCH = 64
 """Sequences that a step takes."""
+SMALL_SUM = 1 << 18
+"""Bytes of a product's parts up to which devices exchange them as they are: adding up its own first would be
+one more launch, which costs more than the links between GPUs take for so few."""
 
 
 def why_not_fused(model: Decoder, *, interpret: bool = False) -> str | None:
@@ -141,15 +144,17 @@ def fused_step(
 
 
 def _summed(found: Product, axis: str | None) -> Product:
-    """A product of columns that are divided over a mesh axis, with the sum of its parts on all devices.
+    """A product of columns that are divided over a mesh axis, with parts that are the devices' sums.
 
     Devices hold the same U and scales of the sidecar, which the next kernel applies: what is summed holds
-    the rows of V x as well.
+    the rows of V x as well, and a few parts of one token are left to it too.
     """
     if axis is None:
         return found
-    parts = sum_over(jnp.sum(found.parts, axis=0, keepdims=True), axis)
-    return dataclasses.replace(found, parts=parts)
+    parts = found.parts
+    if parts.nbytes > SMALL_SUM:
+        parts = jnp.sum(parts, axis=0, keepdims=True)
+    return dataclasses.replace(found, parts=sum_over(parts, axis))
 
 
 class _Layer:

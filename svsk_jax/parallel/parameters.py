@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.svsk_matmul.layout import ceil_div
 from pallas_kernels.svsk_matmul.types import Int8Weight
@@ -36,6 +37,29 @@ def divided_axis(path: str) -> int | None:
     """Which axis of a parameter, named by path within its layer, is divided over `model`; None if none is."""
     logical, axis = LOGICAL_AXES.get(path, ("hidden", 0))
     return axis if MESH_AXIS[logical] == MODEL else None
+
+
+def leaf_sharding(mesh: Mesh, path: str, leaf: Any) -> NamedSharding:
+    """How an array of a parameter, whole, lies over a mesh while it is read or converted.
+
+    Matrices, those of packed weights too, and biases are divided over `model` as in a `ParallelDecoder`,
+    where they divide. Everything else is on every device: sidecars are flat, their parts no equal ranges.
+
+    Args:
+        mesh: with or without an axis `model`.
+        path: of the parameter, within its layer.
+        leaf: one of its arrays.
+    """
+    axis, spec = divided_axis(path), [None] * leaf.ndim
+    axes = 1 if path.endswith(".bias") else 2
+    if (
+        axis is not None
+        and leaf.ndim == axes
+        and MODEL in mesh.shape
+        and leaf.shape[axis] % mesh.shape[MODEL] == 0
+    ):
+        spec[axis] = MODEL
+    return NamedSharding(mesh, PartitionSpec(*spec))
 
 
 def config_of_share(config: ModelConfig, parts: int) -> ModelConfig:

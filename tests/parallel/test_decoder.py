@@ -11,6 +11,7 @@ from support import TINY, MemorySource, byte_tokenizer
 from weights import random_int8, random_weight
 
 from svsk_jax.model import Decoder, KVCache
+from svsk_jax.model import fused_step as fused_module
 from svsk_jax.model.fused_step import fused_step
 from svsk_jax.model.laid_out import lay_out_parameters
 from svsk_jax.model.parameters import QUANTIZED_LINEARS, layer_parameters, random_parameters
@@ -116,7 +117,9 @@ def generators():
         return [TextGenerator(model, byte_tokenizer(), capacity=40) for model in (alone, spread)]
 
 
-def test_the_fused_step():
+@pytest.mark.parametrize("small_sum", [0, 1 << 18])
+def test_the_fused_step(small_sum, monkeypatch):
+    monkeypatch.setattr(fused_module, "SMALL_SUM", small_sum)
     source = PackedSource(PACKED, ranks=(0, 9), tile=(64, 0))
     alone = Decoder(PACKED, lay_out_parameters(dict(source.parameters)), jnp.float16)
     with pytest.MonkeyPatch.context() as patch:
