@@ -70,15 +70,17 @@ def write_moments(folder: Path, index: int, moments: Moments) -> None:
     Raises:
         ValueError: an activation that overflowed, by name: nothing can be made of its moment.
     """
-    for name, moment in moments.items():
+    arrays = _plain_moments(moments)
+    for name in moments:
         # A sum of squares: where an entry of the matrix is not finite, its diagonal isn't either.
-        broken = int(np.count_nonzero(~np.isfinite(np.asarray(moment.diagonal))))
+        total = arrays[name]
+        broken = int(np.count_nonzero(~np.isfinite(total if total.ndim == 1 else np.diagonal(total))))
         if broken:
             raise ValueError(
-                f"layers.{index}.{name}: {broken} of {moment.diagonal.size} channels are NaN or Inf on the "
+                f"layers.{index}.{name}: {broken} of {len(total)} channels are NaN or Inf on the "
                 "calibration text; check that the model runs unquantized in this dtype"
             )
-    save_file(_plain_moments(moments), _moments_file(folder, index))
+    save_file(arrays, _moments_file(folder, index))
 
 
 def write_sensitivities(folder: Path, index: int, sensitivities: Sensitivities, weighted: Moments) -> None:

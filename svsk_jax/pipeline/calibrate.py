@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from svsk_jax.calibration import store
@@ -20,6 +21,7 @@ from svsk_jax.pipeline.checks import default_dtype, refuse_packed, require_space
 from svsk_jax.pipeline.progress import OnProgress, Progress, Stopwatch
 from svsk_jax.quant.types import SENSITIVITY_TILE
 from svsk_jax.storage.atomic import output_folder
+from svsk_jax.storage.behind import OneBehind
 
 
 def calibrate(
@@ -30,6 +32,7 @@ def calibrate(
     overwrite: bool = False,
     dtype: DTypeLike | None = None,
     keep_text: Path | None = None,
+    mesh: Mesh | None = None,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """Measure the second moments of every linear's input and the model's sensitivity to its output, and store
@@ -43,6 +46,7 @@ def calibrate(
         dtype: of the activations; default f32 on CPU, bf16 elsewhere.
         keep_text: file that keeps the chunks of tokens; those that an earlier run left there are taken as
             they are.
+        mesh: `data` × `model` devices to work on; default all, along `data`.
         on_progress: called after each layer of each pass.
 
     Returns:
@@ -70,20 +74,25 @@ def calibrate(
             if on_progress:
                 on_progress(Progress(stage=stage, layer=done, layers=layers))
 
-        walk = Walk(source, outer, chunks.ids, calibration.batch_tokens, dtype)
+        walk = Walk(source, outer, chunks.ids, calibration.batch_tokens, dtype, mesh)
         del outer
-        with BlockInputs(int(calibration.fisher_memory * 1e9), folder) as kept:
+        memory = int(calibration.fisher_memory * 1e9)
+        with OneBehind() as writer, BlockInputs(memory, folder) as kept:
             sensitive = calibration.measures_sensitivity
             forwards = walk.forwards(
                 calibration.moments == "full", kept if sensitive else None, calibration.fisher_chunks
             )
             for index, moments in forwards:
-                store.write_moments(folder, index, moments)
+                writer.submit(store.write_moments, folder, index, moments)
                 report("calibrate", index + 1)
+            writer.finish()
+            watch.lap("calibrate")
             if sensitive:
                 for index, sensitivities, weighted in walk.backwards(kept, calibration.seed):
-                    store.write_sensitivities(folder, index, sensitivities, weighted)
+                    writer.submit(store.write_sensitivities, folder, index, sensitivities, weighted)
                     report("sensitivity", layers - index)
+                writer.finish()
+                watch.lap("sensitivity")
         text = {
             "calib": {_public_name(name): count for name, count in chunks.counts.items()},
             "chunks": chunks.ids.shape[0],
