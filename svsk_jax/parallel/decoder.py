@@ -15,9 +15,11 @@ from svsk_jax.model.config import ModelConfig
 from svsk_jax.model.decoder import Decoder
 from svsk_jax.model.laid_out import lay_out_for_device
 from svsk_jax.model.linear import to_dense
-from svsk_jax.model.source import ModelSource
+from svsk_jax.model.source import ParameterSource
 from svsk_jax.parallel.mesh import DATA, MODEL
 from svsk_jax.parallel.parameters import config_of_share, cut_parameter
+
+LayOut = Callable[[dict[str, Any], DTypeLike], dict[str, Any]]
 
 
 @jax.tree_util.register_dataclass
@@ -64,15 +66,21 @@ def on_mesh(mesh: Mesh, work: Callable[..., Any], in_specs: tuple[Any, ...], out
 
 
 def load_parallel(
-    source: ModelSource, dtype: DTypeLike, mesh: Mesh, *, dense: bool = False
+    source: ParameterSource,
+    dtype: DTypeLike,
+    mesh: Mesh,
+    *,
+    dense: bool = False,
+    lay_out: LayOut = lay_out_for_device,
 ) -> ParallelDecoder:
     """The decoder over a mesh, read and divided layer by layer, each share laid out for its device.
 
     Args:
-        source: read for its configuration and parameters.
+        source: of the whole model.
         dtype: of activations and dense weights.
         mesh: from `make_mesh`; devices along `data` hold copies.
         dense: restore packed matrices.
+        lay_out: makes of a share's parameters and `dtype` what its device runs on.
 
     Raises:
         ValueError: heads, hidden units or a matrix do not divide over `model`; names the parameter and the
@@ -82,7 +90,7 @@ def load_parallel(
 
     def spread(values: dict[str, Any], prefix: str) -> dict[str, Any]:
         shares = _cut(values, prefix, source.config, mesh.shape[MODEL], dtype if dense else None)
-        return {prefix + path: value for path, value in _placed(shares, mesh, dtype).items()}
+        return {prefix + path: value for path, value in _placed(shares, mesh, dtype, lay_out).items()}
 
     parameters = spread(source.outer(dtype), "")
     for index in range(config.num_layers):
@@ -107,12 +115,12 @@ def _cut(
     return shares
 
 
-def _placed(shares: list[dict[str, Any]], mesh: Mesh, dtype: DTypeLike) -> dict[str, Any]:
+def _placed(shares: list[dict[str, Any]], mesh: Mesh, dtype: DTypeLike, lay_out: LayOut) -> dict[str, Any]:
     """The shares on their devices, laid out, as the one tree that `ParallelDecoder` describes."""
     here = jax.process_index()
     copies = [[device for device in column if device.process_index == here] for column in mesh.devices.T]
     laid_out = [
-        lay_out_for_device(jax.device_put(share, devices[0]), dtype)
+        lay_out(jax.device_put(share, devices[0]), dtype)
         for share, devices in zip(shares, copies, strict=True)
         if devices
     ]

@@ -50,16 +50,10 @@ def leaf_sharding(mesh: Mesh, path: str, leaf: Any) -> NamedSharding:
         path: of the parameter, within its layer.
         leaf: one of its arrays.
     """
-    axis, spec = divided_axis(path), [None] * leaf.ndim
-    axes = 1 if path.endswith(".bias") else 2
-    if (
-        axis is not None
-        and leaf.ndim == axes
-        and MODEL in mesh.shape
-        and leaf.shape[axis] % mesh.shape[MODEL] == 0
-    ):
-        spec[axis] = MODEL
-    return NamedSharding(mesh, PartitionSpec(*spec))
+    axis = divided_axis(path) if leaf.ndim == (1 if path.endswith(".bias") else 2) else None
+    if axis is None or MODEL not in mesh.shape or leaf.shape[axis] % mesh.shape[MODEL]:
+        return NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, MODEL))
 
 
 def config_of_share(config: ModelConfig, parts: int) -> ModelConfig:

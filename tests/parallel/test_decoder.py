@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from support import TINY, MemorySource, byte_tokenizer
 from weights import random_int8, random_weight
 
@@ -16,14 +17,13 @@ from svsk_jax.model.fused_step import fused_step
 from svsk_jax.model.laid_out import lay_out_parameters
 from svsk_jax.model.parameters import QUANTIZED_LINEARS, layer_parameters, random_parameters
 from svsk_jax.models import load_model
-from svsk_jax.parallel import decoder as parallel_decoder
 from svsk_jax.parallel import make_mesh
-from svsk_jax.parallel.decoder import load_parallel
+from svsk_jax.parallel.decoder import load_parallel, on_mesh
 from svsk_jax.runtime import TextGenerator, generate_batch, steps
 from svsk_jax.runtime import generate as generate_module
 
 PACKED = dataclasses.replace(
-    TINY, num_layers=1, hidden_size=200, intermediate_size=1024, num_heads=8, num_kv_heads=2, head_dim=64
+    TINY, num_layers=1, hidden_size=128, intermediate_size=512, num_heads=8, num_kv_heads=2, head_dim=64
 )
 run = jax.jit(lambda model, tokens: model(tokens))
 PROMPTS = ([5, 80, 33, 7], [12], [60, 3, 3])
@@ -48,6 +48,10 @@ class PackedSource(MemorySource):
 
     def layer(self, index, dtype):
         return layer_parameters(self.parameters, index)
+
+
+def laid_out(parameters, dtype=None):
+    return lay_out_parameters(dict(parameters))
 
 
 def relative(actual, expected):
@@ -78,7 +82,7 @@ def test_dense(data, model, changes):
 @pytest.mark.parametrize(
     "form",
     [
-        {"ranks": (0, 9), "tile": (64, 0)},
+        {"ranks": (0, 9), "tile": (128, 0)},
         {"flat": True, "group": 64, "coefficients": None, "ranks": 4, "tile": (128, 96)},
     ],
     ids=["whole rows", "column tiles"],
@@ -90,7 +94,7 @@ def test_packed_parts_hold_what_the_whole_does(form):
     tokens = tokens_of(PACKED)
     assert relative(run(spread, tokens), run(alone, tokens)) < 1e-5
     held = spread.shares.layers[0].mlp.down.weight.get_value()
-    assert held.shape == (200, 512)
+    assert held.shape == (128, 256)
     assert all(leaf.sharding.shard_shape(leaf.shape)[0] == 1 for leaf in jax.tree.leaves(held))
 
 
@@ -105,38 +109,39 @@ def test_what_does_not_divide_is_named():
 @pytest.fixture(scope="module")
 def generators():
     """Of a packed model alone and over a mesh, by the fused step in interpret mode."""
-    config = dataclasses.replace(PACKED, hidden_size=64, intermediate_size=512)
+    config = dataclasses.replace(PACKED, hidden_size=64)
     source = PackedSource(config, ranks=(0, 3), tile=(64, 0))
-    laid_out = lambda parameters, dtype: lay_out_parameters(dict(parameters))  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate_module, "why_not_fused", lambda model: None)
-        patch.setattr(parallel_decoder, "lay_out_for_device", laid_out)
         patch.setattr(steps, "fused_steps", partial(steps.fused_steps, interpret=True))
-        alone = Decoder(config, laid_out(source.parameters, None))
-        spread = load_parallel(source, jnp.float32, make_mesh(2, 2))
+        alone = Decoder(config, laid_out(source.parameters))
+        spread = load_parallel(source, jnp.float32, make_mesh(2, 2), lay_out=laid_out)
         return [TextGenerator(model, byte_tokenizer(), capacity=40) for model in (alone, spread)]
 
 
 @pytest.mark.parametrize("small_sum", [0, 1 << 18])
-def test_the_fused_step(small_sum, monkeypatch):
+def test_the_fused_step(small_sum, one_token, monkeypatch):
     monkeypatch.setattr(fused_module, "SMALL_SUM", small_sum)
-    source = PackedSource(PACKED, ranks=(0, 9), tile=(64, 0))
-    alone = Decoder(PACKED, lay_out_parameters(dict(source.parameters)), jnp.float16)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            parallel_decoder, "lay_out_for_device", lambda parameters, dtype: lay_out_parameters(parameters)
-        )
-        spread = load_parallel(source, jnp.float16, make_mesh(1, 2))
-    cache = KVCache.empty(PACKED, 1, 64, jnp.float16)
-    arguments = (jnp.asarray([7], jnp.int32), cache.keys, cache.values, jnp.zeros(1, jnp.int32))
-    one, keys, _ = jax.jit(partial(fused_step, interpret=True))(alone, *arguments)
-    P, heads = jax.sharding.PartitionSpec, jax.sharding.PartitionSpec(None, None, "model", None)
-    step = parallel_decoder.on_mesh(
+    source, (tokens, cache, lengths), (logits, keys, _) = one_token
+    spread = load_parallel(source, jnp.float16, make_mesh(1, 2), lay_out=laid_out)
+    heads = P(None, None, "model", None)
+    step = on_mesh(
         spread.mesh, partial(fused_step, interpret=True), (P(), heads, heads, P()), (P(), heads, heads)
     )
-    two, other_keys, _ = jax.jit(step)(spread.shares, *arguments)
-    assert relative(two, one) < 2e-3
-    np.testing.assert_allclose(other_keys[0], keys[0], atol=1e-2)
+    found, found_keys, _ = jax.jit(step)(spread.shares, tokens, cache.keys, cache.values, lengths)
+    assert relative(found, logits) < 2e-3
+    np.testing.assert_allclose(found_keys[0], keys[0], atol=1e-2)
+
+
+@pytest.fixture(scope="module")
+def one_token():
+    """A packed model, the arguments of a step, and what one device makes of them."""
+    source = PackedSource(PACKED, ranks=(0, 9), tile=(64, 0))
+    alone = Decoder(PACKED, laid_out(source.parameters), jnp.float16)
+    cache = KVCache.empty(PACKED, 1, 64, jnp.float16)
+    tokens, lengths = jnp.asarray([7], jnp.int32), jnp.zeros(1, jnp.int32)
+    found = jax.jit(partial(fused_step, interpret=True))(alone, tokens, cache.keys, cache.values, lengths)
+    return source, (tokens, cache, lengths), found
 
 
 def test_greedy_text_by_the_decoder_as_it_is():
