@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from benchmarks.scale.sizes import RandomSource, config_of, counts, machine, median_seconds, relative
 from pallas_kernels.device_time import Chain, call_times
 from svsk_jax.model import Decoder, fused_step
-from svsk_jax.model.laid_out import lay_out_parameters
+from svsk_jax.model.laid_out import lay_out_for_device, lay_out_parameters
 from svsk_jax.parallel import MODEL, make_mesh, sharding
 from svsk_jax.parallel.decoder import ParallelDecoder, load_parallel, on_mesh
 from svsk_jax.runtime import steps
@@ -36,12 +37,17 @@ def on_devices(tiny: bool, layers: int | None, devices: int) -> Model:
     source = RandomSource(config_of(tiny, layers))
     if devices > 1:
         mesh = make_mesh(1, devices, jax.devices()[:devices])
-        return load_parallel(source, jnp.bfloat16, mesh, lay_out=lambda share, _: lay_out_parameters(share))
+        lay_out = _for_kernels if tiny else lay_out_for_device
+        return load_parallel(source, jnp.bfloat16, mesh, lay_out=lay_out)
     parameters = lay_out_parameters(source.outer(jnp.bfloat16))
     for index in range(source.config.num_layers):
         layer = lay_out_parameters(source.layer(index, jnp.bfloat16))
         parameters |= {f"layers.{index}.{path}": value for path, value in layer.items()}
     return Decoder(source.config, parameters, jnp.bfloat16)
+
+
+def _for_kernels(share: dict[str, Any], dtype: DTypeLike) -> dict[str, Any]:
+    return lay_out_parameters(share)
 
 
 def caches(model: Model, batch: int) -> tuple[jax.Array, ...]:

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from svsk_jax.model.config import ModelConfig
 
 
+@runtime_checkable
 class ParameterSource(Protocol):
     """A model's parameters, read piece by piece."""
 

@@ -66,10 +66,11 @@ def cut(weight: Matrix, parts: int, axis: int) -> list[Matrix]:
     cuts = {name: [None] * parts if leaf is None else shares(leaf) for name, leaf in fields.items()}
     if isinstance(weight, SVSKWeight) and weight.sidecar is not None:
         cuts["sidecar"] = (_rows_of if axis == 0 else _columns_of)(weight.sidecar, parts)
-    return [
+    made: list[Any] = [
         dataclasses.replace(weight, shape=shape, **{name: each[i] for name, each in cuts.items()})
         for i in range(parts)
     ]
+    return made
 
 
 def alike(parts: list[Matrix]) -> list[Matrix]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -125,7 +125,7 @@ def _placed(shares: list[dict[str, Any]], mesh: Mesh, dtype: DTypeLike, lay_out:
         if devices
     ]
     copies = [devices for devices in copies if devices]
-    divided = jax.NamedSharding(mesh, P(MODEL))
+    divided = NamedSharding(mesh, P(MODEL))
 
     def joined(*leaves: jax.Array) -> jax.Array:
         pieces = [

@@ -44,5 +44,7 @@ def step_on_mesh(mesh: Mesh, step: Callable[..., Any]) -> Callable[..., Any]:
 
 def _specs(mesh: Mesh, batch: str | None, *, each: bool) -> State:
     """How a state is divided; `each`: every text has its own length."""
-    cache, texts = sharding(mesh, batch, "tokens", "heads", None).spec, sharding(mesh, batch).spec
+    # One for the caches of all layers.
+    cache: Any = sharding(mesh, batch, "tokens", "heads", None).spec
+    texts = sharding(mesh, batch).spec
     return State(keys=cache, values=cache, lengths=texts if each else P(), tokens=texts)
