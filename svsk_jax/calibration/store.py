@@ -48,6 +48,11 @@ def write_tokens(folder: Path, ids: np.ndarray) -> None:
     save_file({"ids": np.ascontiguousarray(ids, np.int32)}, folder / TOKENS)
 
 
+def read_tokens(folder: Path) -> np.ndarray:
+    """The chunks of tokens stored in a folder of statistics, int32 [chunks, length]."""
+    return read_arrays(folder / TOKENS)["ids"]
+
+
 def kept_chunks(path: Path, make: Callable[[], Chunks]) -> Chunks:
     """The chunks that the file `path` keeps; where there is none, those that `make` gives, which are kept
     there first."""
@@ -167,7 +172,7 @@ class Statistics:
 
     def tokens(self) -> np.ndarray:
         """The chunks of tokens that were measured on, int32 [chunks, length]."""
-        return read_arrays(self.folder / TOKENS)["ids"]
+        return read_tokens(self.folder)
 
     def layer(self, index: int) -> Moments:
         """Moments of one layer."""

@@ -18,7 +18,8 @@ from svsk_jax.json_data import checked, from_json, parse_json, shown
 from svsk_jax.model.config import ModelConfig
 from svsk_jax.model.parameters import LINEAR_INPUTS, QUANTIZED_LINEARS, layer_shapes
 from svsk_jax.model.source import ModelSource
-from svsk_jax.pipeline.options import options_file, read_options, write_options
+from svsk_jax.parallel.groups import DeviceGroups
+from svsk_jax.pipeline.options import measured_options, options_file
 from svsk_jax.pipeline.progress import OnProgress, Progress
 from svsk_jax.quant.allocation import Allocation, Option, allocate
 from svsk_jax.quant.budget import base_bytes
@@ -236,6 +237,7 @@ def plan_model(
     recipe: str,
     dtype: DTypeLike,
     work: Path | None = None,
+    groups: DeviceGroups | None = None,
     on_progress: OnProgress | None = None,
 ) -> Plan:
     """Group size and ranks of every linear, by predicted nats per byte over the whole model.
@@ -248,6 +250,7 @@ def plan_model(
         dtype: that weights are read in.
         work: folder that keeps what is measured of each layer; what is there from an earlier run of the same
             source, statistics and recipe is not measured again. Without it nothing is kept.
+        groups: devices to measure on; default those of no particular mesh.
         on_progress: called after each layer.
 
     Raises:
@@ -255,18 +258,23 @@ def plan_model(
     """
     if config.bits is None:
         return Plan(recipe=recipe, config=config, tensors=fixed_plans(source.config, config))
-    options: dict[str, list[Option]] = {}
     layers = source.config.num_layers
-    for index in range(layers):
-        path = None if work is None else options_file(work, index, "plan")
-        measured = None if path is None else read_options(path)
-        if measured is None:
-            measured = layer_options(source, statistics, index, drafted(config), Choices.of(config), dtype)
-            if path is not None:
-                write_options(path, measured)
-        options |= measured
+
+    def measure(index: int, devices: Devices) -> dict[str, list[Option]]:
+        choices = Choices.of(config)
+        return layer_options(source, statistics, index, drafted(config), choices, dtype, devices)
+
+    def report(done: int) -> None:
         if on_progress:
-            on_progress(Progress(stage="plan", layer=index + 1, layers=layers))
+            on_progress(Progress(stage="plan", layer=done, layers=layers))
+
+    options = measured_options(
+        layers,
+        lambda index: None if work is None else options_file(work, index, "plan"),
+        measure,
+        groups or DeviceGroups.of(),
+        report,
+    )
     chosen = spend(options, config)
     return Plan(recipe=recipe, config=config, tensors=chosen.plans, predicted_nats=chosen.nats)
 

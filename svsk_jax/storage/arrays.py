@@ -18,7 +18,15 @@ from svsk_jax.storage.packing import abstract, describe, from_plain, to_plain
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    """One that does not wait for other processes: the first writes by itself, each reads by itself."""
+    here = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=here,
+        active_processes={here} if jax.process_count() > 1 else None,
+        barrier_sync_key_prefix=str(here),
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
 def save(path: Path, parameters: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
@@ -30,6 +38,9 @@ def save(path: Path, parameters: Mapping[str, Any], metadata: Mapping[str, Any])
         **metadata,
     }
     plain = {name: to_plain(value) for name, value in parameters.items()}
+    if jax.process_count() > 1:
+        # orbax takes a jax.Array there for a part of one that all processes hold.
+        plain = jax.tree.map(np.asarray, plain)
     staged = path.with_name(f".{path.name}")
     for left in path.parent.glob(f"{staged.name}*"):
         shutil.rmtree(left)
