@@ -174,7 +174,8 @@ def _chain(mesh: Mesh, x: jax.Array) -> jax.Array:
 
 
 def with_flags(tiny: bool, report: Callable[..., None]) -> None:
-    """The step on as many devices as there are, and on 2, at batch 1."""
+    """Sums alone, and the step at batch 1, on 2 devices and on as many as there are."""
+    exchange(tiny, report)
     for devices in sorted({2, counts(tiny)[-1]}):
         model = on_devices(tiny, LAYERS_FOR_FLAGS, devices)
         ms = 1e3 * median_seconds(burst(model, 1, tiny)) / steps.BURST

@@ -26,8 +26,8 @@ from svsk_jax.model.linear import Linear, join_over, sum_over
 LARGEST_BATCH = 64
 """Sequences that a step takes."""
 SMALL_SUM = 1 << 18
-"""Bytes of a product's parts up to which devices exchange them as they are: adding up its own first would be
-one more launch, which costs more than the links between GPUs take for so few."""
+"""Bytes of a product's parts up to which devices exchange them as they are. Adding up its own first is one
+more launch for each device (`benchmarks.scale.multi_gpu` times both)."""
 
 
 def why_not_fused(model: Decoder, *, interpret: bool = False) -> str | None:
