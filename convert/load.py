@@ -4,18 +4,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from svsk_jax.model.decoder import Decoder
 from svsk_jax.model.source import ModelSource
+from svsk_jax.parallel.parameters import leaf_sharding
 
 
 def load_parameters(source: ModelSource, dtype: DTypeLike, mesh: Mesh | None = None) -> dict[str, Any]:
     """Every parameter by full path, on the default device or over `mesh`.
 
-    Over a mesh, matrices (also those inside a packed weight) are split by rows over the first axis where it
-    divides them; everything else is replicated. Host copies are let go of as each tensor arrives.
+    Over a mesh they are divided as `parallel.parameters.leaf_sharding` says. Host copies are let go of as
+    each tensor arrives.
     """
     parameters = _place(source.outer(dtype), "", mesh)
     for index in range(source.config.num_layers):
@@ -32,15 +33,9 @@ def _place(values: dict[str, Any], prefix: str, mesh: Mesh | None) -> dict[str, 
     placed = {}
     for path in list(values):
         value = values.pop(path)
-        value = jax.tree.map(lambda leaf: jax.device_put(leaf, _sharding(leaf, mesh)), value)
+        value = jax.tree.map(
+            lambda leaf, path=path: jax.device_put(leaf, mesh and leaf_sharding(mesh, path, leaf)), value
+        )
         # A transfer under way keeps its host copy: wait, so that no more than one is alive.
         placed[prefix + path] = jax.block_until_ready(value)
     return placed
-
-
-def _sharding(leaf: Any, mesh: Mesh | None) -> NamedSharding | None:
-    if mesh is None:
-        return None
-    axis = mesh.axis_names[0]
-    split = leaf.ndim == 2 and leaf.shape[0] % mesh.shape[axis] == 0
-    return NamedSharding(mesh, PartitionSpec(axis) if split else PartitionSpec())

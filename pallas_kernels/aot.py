@@ -11,6 +11,7 @@ used.
 import dataclasses
 import importlib
 import importlib.util
+import math
 import os
 import re
 import subprocess
@@ -138,9 +139,13 @@ class Kernel:
         return sum(bool(re.match(pattern, i.opcode)) for i in (self.instructions if body is None else body))
 
 
+ONE = (("x", 1),)
+"""The mesh of a program for one device: names and sizes of its axes."""
+
+
 @cache
-def _mesh(target: str) -> Mesh:
-    card = TARGETS[target]
+def _mesh(target: str, axes: tuple[tuple[str, int], ...] = ONE) -> Mesh:
+    card, size = TARGETS[target], math.prod(size for _, size in axes)
     major, minor = card.capability
     description = f"""
 gpu_device_info {{
@@ -169,9 +174,12 @@ runtime_version {{ major: 13 minor: 0 patch: 0 }}
 device_description_str: "{card.name}"
 """
     topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="", target_config=description, topology="1x1x1"
+        platform="cuda", topology_name="", target_config=description, topology=f"1x1x{size}"
     )
-    return Mesh(np.array(topology.devices[:1]), ("x",), axis_types=(AxisType.Explicit,))
+    names, sizes = zip(*axes, strict=True)
+    kind = AxisType.Explicit if axes == ONE else AxisType.Auto
+    devices = np.array(topology.devices[:size]).reshape(sizes)
+    return Mesh(devices, names, axis_types=(kind,) * len(names))
 
 
 def what_is_missing() -> list[str]:
@@ -181,8 +189,8 @@ def what_is_missing() -> list[str]:
 
 
 @contextmanager
-def targeting(target: str) -> Iterator[Mesh]:
-    """Within it, code is traced for a target.
+def targeting(target: str, axes: tuple[tuple[str, int], ...] = ONE) -> Iterator[Mesh]:
+    """Within it, code is traced for a target, or for several of one host in a mesh of these axes.
 
     Raises:
         NotImplementedError: a wheel or one of the two variables is missing.
@@ -193,14 +201,24 @@ def targeting(target: str) -> Iterator[Mesh]:
             f"compiling for {target}, which is not here, needs {' and '.join(missing)}: `make gate` installs "
             "what it takes in .venv-gate, and shows the variables to set"
         )
-    with jax.set_mesh(_mesh(target)):
-        yield _mesh(target)
+    with jax.set_mesh(_mesh(target, axes)):
+        yield _mesh(target, axes)
 
 
 def compile_for(
-    function: Callable[..., Any], arguments: Sequence[Any], target: str
+    function: Callable[..., Any],
+    arguments: Sequence[Any],
+    target: str,
+    axes: tuple[tuple[str, int], ...] = ONE,
 ) -> tuple[jax.stages.Compiled, list[Kernel]]:
     """Compile `function` of these arguments (arrays, abstract or not) for a target.
+
+    Args:
+        function: to compile.
+        arguments: whole on every device, unless they are abstract and have a sharding of the mesh that
+            `targeting` yields.
+        target: of `TARGETS`.
+        axes: of the mesh, where the program is for several devices.
 
     Returns:
         The compiled function, and its kernels, XLA's own included.
@@ -209,11 +227,14 @@ def compile_for(
         NotImplementedError: a wheel or one of the two variables is missing.
         RuntimeError: ptxas or the disassembler failed.
     """
-    with tempfile.TemporaryDirectory() as folder, targeting(target) as mesh:
-        sharding = NamedSharding(mesh, PartitionSpec())
-        abstract = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tuple(arguments)
-        )
+    with tempfile.TemporaryDirectory() as folder, targeting(target, axes) as mesh:
+        whole = NamedSharding(mesh, PartitionSpec())
+
+        def abstract_of(a: Any) -> jax.ShapeDtypeStruct:
+            divided = isinstance(a, jax.ShapeDtypeStruct) and a.sharding is not None
+            return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding if divided else whole)
+
+        abstract = jax.tree.map(abstract_of, tuple(arguments))
         compiled = jax.jit(function).lower(*abstract).compile(compiler_options={"xla_dump_to": folder})
         kernels = [_assemble(path, TARGETS[target]) for path in sorted(Path(folder).glob("*.ptx"))]
     return compiled, [kernel for kernel in kernels if kernel is not None]

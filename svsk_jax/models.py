@@ -1,7 +1,7 @@
 """From what a user types after `--model` to something that runs."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, overload
 
 import jax
 from jax.sharding import Mesh
@@ -13,6 +13,7 @@ from svsk_jax.model.decoder import Decoder
 from svsk_jax.model.laid_out import lay_out_for_device
 from svsk_jax.model.linear import to_dense
 from svsk_jax.model.source import ModelSource
+from svsk_jax.parallel.decoder import ParallelDecoder, load_parallel
 from svsk_jax.pipeline.checks import default_dtype
 from svsk_jax.storage.checkpoint import SavedModel, is_saved_model
 
@@ -38,13 +39,25 @@ def automatic_weights() -> Weights:
     return "dense" if jax.default_backend() == "cpu" else "packed"
 
 
+@overload
+def load_model(
+    source: ModelSource, *, dtype: DTypeLike | None = None, weights: Weights = "packed", mesh: None = None
+) -> Decoder: ...
+
+
+@overload
+def load_model(
+    source: ModelSource, *, dtype: DTypeLike | None = None, weights: Weights = "packed", mesh: Mesh
+) -> ParallelDecoder: ...
+
+
 def load_model(
     source: ModelSource,
     *,
     dtype: DTypeLike | None = None,
     weights: Weights = "packed",
     mesh: Mesh | None = None,
-) -> Decoder:
+) -> Decoder | ParallelDecoder:
     """The decoder, ready to run.
 
     Args:
@@ -52,13 +65,19 @@ def load_model(
         dtype: of activations and dense weights; default f32 on CPU, bf16 elsewhere.
         weights: keep packed matrices packed, or restore them to dense ones, which takes more memory and is
             faster for many tokens at a time, on a CPU for small models always; auto: `automatic_weights`. On
-            one device packed ones are laid out for its kernels, where dtype is bf16 or f16 and it is an
-            NVIDIA GPU from Ampere on, or for a CPU; over several they stay as stored.
-        mesh: devices to load onto.
+            one device, and on each of a mesh, packed ones are laid out for its kernels, where dtype is bf16
+            or f16 and it is an NVIDIA GPU from Ampere on, or for a CPU.
+        mesh: devices over whose `model` axis the parameters are divided, from `make_mesh`; those along `data`
+            hold copies.
+
+    Raises:
+        ValueError: a parameter does not divide over the mesh; names the largest `model` that works.
     """
     dtype = default_dtype() if dtype is None else dtype
     weights = automatic_weights() if weights == "auto" else weights
-    parameters = load_parameters(source, dtype, mesh)
+    if mesh is not None:
+        return load_parallel(source, dtype, mesh, dense=weights == "dense")
+    parameters = load_parameters(source, dtype)
     if weights == "dense":
         restore = jax.jit(to_dense, static_argnames="dtype")
         parameters = {

@@ -3,7 +3,6 @@
 import tempfile
 from pathlib import Path
 
-import jax
 import numpy as np
 
 
@@ -28,9 +27,8 @@ class BlockInputs:
         if self._spill is not None:
             self._spill.cleanup()
 
-    def put(self, layer: int, batch: int, x: jax.Array) -> None:
+    def put(self, layer: int, batch: int, value: np.ndarray) -> None:
         """Keep one batch of a layer's input."""
-        value = np.asarray(x)
         if value.nbytes <= self._left:
             self._left -= value.nbytes
             self._held[layer, batch] = value

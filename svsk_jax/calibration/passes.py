@@ -6,21 +6,32 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from svsk_jax.calibration.block_inputs import BlockInputs
 from svsk_jax.calibration.sensitivity import (
     Sensitivities,
+    add_up_blocks,
     head_gradient,
     layer_sensitivity,
+    no_blocks,
     token_weights,
     weighted_moments,
 )
-from svsk_jax.calibration.statistics import Moments, data_mesh, embed_batches, layer_moments
+from svsk_jax.calibration.statistics import (
+    Moments,
+    add_up,
+    embed_batches,
+    layer_moments,
+    masks,
+    no_moments,
+)
 from svsk_jax.model.decoder import Decoder, DecoderLayer
 from svsk_jax.model.source import ModelSource
+from svsk_jax.parallel import make_mesh, sharding
+from svsk_jax.parallel.placement import from_local_rows, local_rows, one_copy, put
+from svsk_jax.quant.types import OutputSensitivity
 
 
 class Walk:
@@ -32,6 +43,7 @@ class Walk:
         ids: chunks of tokens, int32 [chunks, length].
         batch_tokens: tokens that one device takes at once.
         dtype: of the activations.
+        mesh: `data` × `model` devices; default all, along `data`. Every process of it walks along.
     """
 
     def __init__(
@@ -41,96 +53,104 @@ class Walk:
         ids: np.ndarray,
         batch_tokens: int,
         dtype: DTypeLike,
+        mesh: Mesh | None = None,
     ):
         self.source, self.outer, self.dtype = source, outer, dtype
-        self.mesh: Mesh = data_mesh()
+        self.mesh = make_mesh() if mesh is None else mesh
         embedding = np.asarray(outer["embedding.weight"]).astype(jnp.dtype(dtype))
         self.streams, self.masks = embed_batches(embedding, ids, batch_tokens, self.mesh)
         self.batch_chunks = len(self.masks[0])
-        self.kept = 0
-        self.chunks = len(ids)
-
-    @property
-    def kept_chunks(self) -> int:
-        """Chunks whose layer inputs `forwards` put aside."""
-        return min(self.kept * self.batch_chunks, self.chunks)
-
-    def _replicated(self, module: Any) -> Any:
-        return jax.device_put(module, NamedSharding(self.mesh, P()))
+        self.chunks, self.length = ids.shape
+        self.kept_chunks = 0
+        """Chunks that `backwards` goes on with."""
 
     def _layer(self, index: int) -> DecoderLayer:
         parameters = self.source.layer(index, self.dtype)
         layer = DecoderLayer(
             self.source.config, {path: jnp.asarray(value) for path, value in parameters.items()}
         )
-        return self._replicated(layer)
+        return put(layer, sharding(self.mesh))
 
-    def _on_one_device(self, tree: Any) -> Any:
-        # What is computed from a replicated array would be computed once for each device.
-        return jax.device_put(tree, self.mesh.devices.flat[0])
+    @property
+    def _kept_batches(self) -> int:
+        return -(-self.kept_chunks // self.batch_chunks)
 
     def forwards(
         self, full: bool, keep: BlockInputs | None = None, keep_chunks: int = 0
     ) -> Iterator[tuple[int, Moments]]:
-        """(index, moments) of each layer; the streams end up after the last one.
+        """(index, moments) of each layer, which may still be being computed; the streams end up after the
+        last one.
 
         Args:
             full: whole second moments rather than their diagonals.
             keep: where to put the layers' inputs for `backwards`.
-            keep_chunks: how many chunks of them, rounded up to whole batches.
+            keep_chunks: for how many chunks.
         """
         if keep is not None:
-            self.kept = min(-(-keep_chunks // self.batch_chunks), len(self.masks))
+            self.kept_chunks = min(keep_chunks, self.chunks)
         for index in range(self.source.config.num_layers):
             layer = self._layer(index)
-            total: Moments | None = None
+            sums = no_moments(layer, self.streams[0], self.masks[0], self.mesh, full)
             for batch, mask in enumerate(self.masks):
-                if keep is not None and batch < self.kept:
-                    keep.put(index, batch, self.streams[batch])
-                self.streams[batch], moments = layer_moments(
-                    layer, self.streams[batch], mask, self.mesh, full
+                if keep is not None and batch < self._kept_batches:
+                    keep.put(index, batch, local_rows(self.streams[batch]))
+                self.streams[batch], sums = layer_moments(
+                    layer, self.streams[batch], mask, sums, self.mesh, full
                 )
-                total = moments if total is None else {name: total[name] + moments[name] for name in moments}
-            assert total is not None
-            yield index, jax.block_until_ready(self._on_one_device(total))
+            yield index, add_up(sums, self.mesh, full)
 
     def backwards(self, kept: BlockInputs, seed: int) -> Iterator[tuple[int, Sensitivities, Moments]]:
-        """(index, sensitivities, weighted moments) of each layer, from the last to the first.
+        """(index, sensitivities, weighted moments) of each layer, from the last to the first; they may still
+        be being computed.
 
         Args:
             kept: the layers' inputs that `forwards` put there.
             seed: of the labels sampled at the head.
         """
-        sharding = NamedSharding(self.mesh, P("data"))
-        tail = self._replicated(_tail(self.source, self.outer, self.dtype))
-        keys = jax.random.split(jax.random.key(seed), self.kept)
+        chunks = sharding(self.mesh, "chunks")
+        tail = put(_tail(self.source, self.outer, self.dtype), sharding(self.mesh))
+        counted = masks(self.kept_chunks, self.batch_chunks, self.mesh)
         upstream = [
-            head_gradient(tail, self.streams[batch], self.masks[batch], keys[batch], self.mesh)
-            for batch in range(self.kept)
+            head_gradient(tail, self.streams[batch], mask, seed, batch * self.batch_chunks, self.mesh)
+            for batch, mask in enumerate(counted)
         ]
         del tail
         for index in reversed(range(self.source.config.num_layers)):
             layer = self._layer(index)
-            inputs = [kept.pop(index, batch) for batch in range(self.kept)]
-            total: Sensitivities | None = None
+            inputs = [kept.pop(index, batch) for batch in range(len(counted))]
+            blocks = no_blocks(layer, self.streams[0], self.mesh)
+            weights = []
             for batch, x in enumerate(inputs):
-                placed = jax.device_put(x, sharding)
-                upstream[batch], found = layer_sensitivity(
-                    layer, placed, upstream[batch], self.masks[batch], self.mesh
+                upstream[batch], blocks, found = layer_sensitivity(
+                    layer, from_local_rows(x, chunks), upstream[batch], blocks, self.mesh
                 )
-                # Sums over arrays that lie on several devices would each wait for all of them.
-                found = self._on_one_device(found)
-                total = found if total is None else {name: total[name] + found[name] for name in found}
-            assert total is not None
-            weights = token_weights(total)
-            moments: Moments | None = None
+                weights.append(one_copy(found))
+            sensitivities = self._sensitivities(one_copy(add_up_blocks(blocks, self.mesh)), weights)
+            by_token = token_weights(sensitivities)
+            sums = no_moments(layer, self.streams[0], self.masks[0], self.mesh, True)
             for batch, x in enumerate(inputs):
-                rows = slice(batch * self.batch_chunks, (batch + 1) * self.batch_chunks)
-                part = {name: jax.device_put(value[rows], sharding) for name, value in weights.items()}
-                found = weighted_moments(layer, jax.device_put(x, sharding), part, self.mesh)
-                moments = found if moments is None else {name: moments[name] + found[name] for name in found}
-            assert moments is not None
-            yield index, *jax.block_until_ready(self._on_one_device((total, moments)))
+                part = {name: put(self._batch(value, batch), chunks) for name, value in by_token.items()}
+                sums = weighted_moments(layer, from_local_rows(x, chunks), part, sums, self.mesh)
+            yield index, sensitivities, add_up(sums, self.mesh, True)
+
+    def _sensitivities(
+        self, blocks: dict[str, jax.Array], weights: list[dict[str, jax.Array]]
+    ) -> Sensitivities:
+        tokens = jnp.int32(self.kept_chunks * self.length)
+        return {
+            name: OutputSensitivity(
+                blocks=each,
+                weights=jnp.concatenate([batch[name] for batch in weights])[: self.kept_chunks],
+                tokens=tokens,
+            )
+            for name, each in blocks.items()
+        }
+
+    def _batch(self, by_chunk: jax.Array, batch: int) -> jax.Array:
+        """One batch's rows, zeros for its padding."""
+        start = batch * self.batch_chunks
+        rows = by_chunk[start : start + self.batch_chunks]
+        return jnp.pad(rows, ((0, self.batch_chunks - len(rows)), (0, 0)))
 
 
 def _tail(source: ModelSource, outer: dict[str, Any], dtype: DTypeLike) -> Decoder:

@@ -6,19 +6,23 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float
 
-from svsk_jax.calibration.statistics import Moments
+from svsk_jax.calibration.statistics import MomentSums, device_moment, no_sums, partial_sums
 from svsk_jax.model.decoder import Decoder, DecoderLayer
-from svsk_jax.model.parameters import LINEAR_INPUTS, QUANTIZED_LINEARS
-from svsk_jax.quant.types import SENSITIVITY_TILE, InputMoment, OutputSensitivity
+from svsk_jax.model.parameters import LINEAR_INPUTS
+from svsk_jax.parallel import DATA, MODEL, sharding
+from svsk_jax.quant.types import SENSITIVITY_TILE, OutputSensitivity
 
 WEIGHT_CLIP = 10.0
 """Largest weight of a token, as a multiple of the mean weight."""
 
 Sensitivities = dict[str, OutputSensitivity]
 """The output sensitivity of each linear of a layer, by path within it."""
+
+Blocks = dict[str, jax.Array]
+"""Σ g gᵀ of each linear in diagonal blocks, f32 [tiles, m, m]; before they are added up, each device's own,
+[data, model, tiles, m, m]."""
 
 
 def _blocks(g: Float[Array, "b t n"]) -> Float[Array, "tiles m m"]:
@@ -37,7 +41,12 @@ def _blocks(g: Float[Array, "b t n"]) -> Float[Array, "tiles m m"]:
 
 @partial(jax.jit, static_argnames="mesh")
 def head_gradient(
-    tail: Decoder, x: Float[Array, "b t d"], mask: Float32[Array, "b"], key: jax.Array, mesh: Mesh
+    tail: Decoder,
+    x: Float[Array, "b t d"],
+    mask: Float[Array, "b"],
+    seed: int | jax.Array,
+    first: int | jax.Array,
+    mesh: Mesh,
 ) -> Float[Array, "b t d"]:
     """∂/∂x of Σ -log p(yₜ | x), with each label yₜ sampled from the model's own p; zero for padding.
 
@@ -45,44 +54,68 @@ def head_gradient(
         tail: a model of which only final norm and head are used.
         x: residual stream after the last layer, divided over the mesh.
         mask: 1 for a chunk that counts.
-        key: of the sampling; each device folds its place in.
-        mesh: from `statistics.data_mesh`.
+        seed: of the sampling. Each chunk has a key of its own, which hangs on its number alone.
+        first: number of the first chunk.
+        mesh: `data` × `model` devices.
     """
 
-    def local(tail, x, mask, key):
-        key = jax.random.fold_in(key, jax.lax.axis_index("data"))
-
+    def local(tail, x, mask, seed, first):
         def loss(x, row_mask, key):
             log_p = jax.nn.log_softmax(tail.logits(x))
             labels = jax.random.categorical(key, jax.lax.stop_gradient(log_p))
             picked = jnp.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0]
             return -jnp.sum(picked) * row_mask
 
+        numbers = first + jax.lax.axis_index((DATA, MODEL)) * len(x) + jnp.arange(len(x), dtype=jnp.int32)
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), numbers)
         # A chunk at a time: logits are the largest array of the whole run.
-        keys = jax.random.split(key, len(x))
         return jax.lax.map(lambda row: jax.grad(loss)(*row), (x, mask, keys))
 
+    whole, chunks = sharding(mesh).spec, sharding(mesh, "chunks").spec
     return jax.shard_map(
-        local, mesh=mesh, in_specs=(P(), P("data"), P("data"), P()), out_specs=P("data"), check_vma=False
-    )(tail, x, mask, key)
+        local,
+        mesh=mesh,
+        in_specs=(whole, chunks, chunks, whole, whole),
+        out_specs=chunks,
+        check_vma=False,
+    )(tail, x, mask, seed, first)
 
 
-@partial(jax.jit, static_argnames="mesh", donate_argnames="upstream")
+@partial(jax.jit, static_argnames="mesh")
+def no_blocks(layer: DecoderLayer, x: Float[Array, "b t d"], mesh: Mesh) -> Blocks:
+    """The sums of `layer_sensitivity` before a layer's first batch."""
+    positions = jnp.arange(x.shape[1], dtype=jnp.int32)
+    outputs = jax.eval_shape(lambda x: _linear_outputs(layer, x, positions), x)
+    like = jax.eval_shape(lambda outputs: {name: _blocks(g) for name, g in outputs.items()}, outputs)
+    devices = (mesh.shape[DATA], mesh.shape[MODEL])
+    return no_sums(
+        {name: jax.ShapeDtypeStruct((*devices, *each.shape), each.dtype) for name, each in like.items()}, mesh
+    )
+
+
+@partial(jax.jit, static_argnames="mesh", donate_argnames=("upstream", "sums"))
 def layer_sensitivity(
     layer: DecoderLayer,
     x: Float[Array, "b t d"],
     upstream: Float[Array, "b t d"],
-    mask: Float32[Array, "b"],
+    sums: Blocks,
     mesh: Mesh,
-) -> tuple[Float[Array, "b t d"], Sensitivities]:
+) -> tuple[Float[Array, "b t d"], Blocks, dict[str, Float[Array, "b t"]]]:
     """One layer of the backward walk: a vjp from the layer's input and the gradient at its output.
 
+    Args:
+        layer: the unquantized layer, replicated over the mesh.
+        x: its input, divided over all devices of the mesh.
+        upstream: the gradient at its output, likewise; zero for padding.
+        sums: what earlier batches gave; first `no_blocks`.
+        mesh: `data` × `model` devices.
+
     Returns:
-        The gradient at the layer's input, divided over the mesh like x, and each linear's sensitivity:
-        Σ g gᵀ in diagonal blocks, summed over devices, and mean(g²) of each token, f32, zero for padding.
+        The gradient at the layer's input, divided like x; Σ g gᵀ of each linear in diagonal blocks, each
+        device's own sum, with this batch's share; and mean(g²) of each token, replicated. f32.
     """
 
-    def local(layer, x, upstream, mask):
+    def local(layer, x, upstream):
         positions = jnp.arange(x.shape[1], dtype=jnp.int32)
 
         def run(x, probes):
@@ -95,23 +128,29 @@ def layer_sensitivity(
         probes = {name: jnp.zeros(like.shape, like.dtype) for name, like in outputs.items()}
         _, pull = jax.vjp(run, x, probes)
         below, gradients = pull(upstream)
-        tokens = jax.lax.psum(jnp.sum(mask).astype(jnp.int32) * x.shape[1], "data")
-        blocks = jax.lax.psum({name: _blocks(g) for name, g in gradients.items()}, "data")
+        blocks = {name: _blocks(g)[None, None] for name, g in gradients.items()}
         weights = {
             name: jnp.mean(jnp.square(g.astype(jnp.float32)), axis=-1) for name, g in gradients.items()
         }
-        return below, blocks, weights, tokens
+        return below, blocks, jax.lax.all_gather(weights, (DATA, MODEL), tiled=True)
 
-    below, blocks, weights, tokens = jax.shard_map(
+    whole, chunks = sharding(mesh).spec, sharding(mesh, "chunks").spec
+    below, blocks, weights = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(P(), P("data"), P("data"), P("data")),
-        out_specs=(P("data"), P(), P("data"), P()),
+        in_specs=(whole, chunks, chunks),
+        out_specs=(chunks, partial_sums(mesh).spec, whole),
         check_vma=False,
-    )(layer, x, upstream, mask)
-    return below, {
-        name: OutputSensitivity(blocks=blocks[name], weights=weights[name], tokens=tokens)
-        for name in QUANTIZED_LINEARS
+    )(layer, x, upstream)
+    return below, {name: sums[name] + blocks[name] for name in sums}, weights
+
+
+@partial(jax.jit, static_argnames="mesh")
+def add_up_blocks(sums: Blocks, mesh: Mesh) -> Blocks:
+    """The blocks summed over devices, [tiles, m, m], replicated."""
+    return {
+        name: jax.lax.with_sharding_constraint(jnp.sum(each, axis=(0, 1)), sharding(mesh))
+        for name, each in sums.items()
     }
 
 
@@ -138,30 +177,36 @@ def token_weights(sensitivities: Sensitivities) -> dict[str, Float[Array, "chunk
     return {name: jnp.minimum(sum(parts) / len(parts), WEIGHT_CLIP) for name, parts in weights.items()}
 
 
-@partial(jax.jit, static_argnames="mesh")
+def _weighted(layer: DecoderLayer, x: jax.Array, weights: dict[str, jax.Array], mesh: Mesh) -> MomentSums:
+    def local(layer, x, weights):
+        seen: MomentSums = {}
+
+        def tap(name, value):
+            if name in weights:
+                seen[name] = device_moment(value, weights[name], True, mesh.shape[MODEL])
+            return value
+
+        layer(x, jnp.arange(x.shape[1], dtype=jnp.int32), tap=tap)
+        return seen
+
+    whole, chunks = sharding(mesh).spec, sharding(mesh, "chunks").spec
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(whole, chunks, chunks),
+        out_specs=partial_sums(mesh).spec,
+        check_vma=False,
+    )(layer, x, weights)
+
+
+@partial(jax.jit, static_argnames="mesh", donate_argnames="sums")
 def weighted_moments(
     layer: DecoderLayer,
     x: Float[Array, "b t d"],
     weights: dict[str, Float[Array, "b t"]],
+    sums: MomentSums,
     mesh: Mesh,
-) -> Moments:
-    """Σ w x xᵀ of each activation that linears read, f32, summed over devices; `tokens` counts those of
-    non-zero weight."""
-
-    def local(layer, x, weights):
-        seen = {}
-
-        def tap(name, value):
-            if name in weights:
-                rows = value.astype(jnp.float32).reshape(-1, value.shape[-1])
-                w = weights[name].reshape(-1, 1)
-                total = jnp.matmul((rows * w).T, rows, precision=jax.lax.Precision.HIGHEST)
-                seen[name] = InputMoment(total=total, tokens=jnp.sum(w > 0))
-            return value
-
-        layer(x, jnp.arange(x.shape[1], dtype=jnp.int32), tap=tap)
-        return jax.lax.psum(seen, "data")
-
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P(), check_vma=False
-    )(layer, x, weights)
+) -> MomentSums:
+    """The sums of `statistics.layer_moments`, `no_moments` at first, with this batch's Σ w x xᵀ of each
+    activation that linears read; `tokens` counts those of non-zero weight."""
+    return jax.tree.map(jnp.add, sums, _weighted(layer, x, weights, mesh))

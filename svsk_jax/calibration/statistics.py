@@ -1,72 +1,145 @@
-"""Second moments of the linears' inputs, one decoder layer at a time, data-parallel over devices."""
+"""Second moments of the linears' inputs, one decoder layer at a time, over a mesh of devices.
+
+Chunks are divided over all devices of the mesh. For the moments the devices of a `model` group exchange what
+they saw, and each adds up its own block of rows of Σ x xᵀ. The sums stay where they are until a layer's last
+batch, and are then added up over `data`.
+"""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32
 
 from svsk_jax.model.decoder import DecoderLayer
 from svsk_jax.model.parameters import LINEAR_INPUTS
+from svsk_jax.parallel import MODEL, sharding
+from svsk_jax.parallel.placement import put
 from svsk_jax.quant.types import InputMoment
 
 Moments = dict[str, InputMoment]
 """The moment of each activation that linears read, by name (`parameters.LINEAR_INPUTS`)."""
 
-
-def data_mesh() -> Mesh:
-    """All local devices along one axis, `data`."""
-    return jax.make_mesh((jax.local_device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-
-
-def _moment(x: Float[Array, "b t k"], mask: Float32[Array, "b"], full: bool) -> InputMoment:
-    wide = x.astype(jnp.float32) * mask[:, None, None]
-    rows = wide.reshape(-1, x.shape[-1])
-    if full:
-        total = jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST)
-    else:
-        total = jnp.sum(rows * rows, axis=0)
-    return InputMoment(total=total, tokens=jnp.sum(mask).astype(jnp.int32) * x.shape[1])
+MomentSums = dict[str, InputMoment]
+"""Moments that are still to be added up: `total` [data, rows, K], rows padded to a multiple of `model`, or of
+diagonals [data, model, K]; `tokens` [data, model]. Divided over both axes of the mesh."""
 
 
-@partial(jax.jit, static_argnames=("mesh", "full"), donate_argnames="x")
-def layer_moments(
-    layer: DecoderLayer, x: Float[Array, "b t d"], mask: Float32[Array, "b"], mesh: Mesh, full: bool
-) -> tuple[Float[Array, "b t d"], Moments]:
-    """Run one layer on a batch of residual streams and measure what its linears read.
+def device_moment(
+    x: Float[Array, "b t k"], weights: Float32[Array, "b t"], full: bool, model: int
+) -> InputMoment:
+    """What one device adds to Σ w x xᵀ, or to its diagonal, within `shard_map` over a mesh with `model`
+    devices in a group: its rows for its group's chunks, [1, rows, K], or the whole diagonal for its own
+    chunks, [1, 1, K]. `tokens` [1, 1] counts its own tokens of non-zero weight."""
+    tokens = jnp.sum(weights > 0, dtype=jnp.int32)[None, None]
+    if full and model > 1:
+        x, weights = (jax.lax.all_gather(each, MODEL, tiled=True) for each in (x, weights))
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    weighted = rows * weights.reshape(-1, 1)
+    if not full:
+        return InputMoment(total=jnp.sum(weighted * rows, axis=0)[None, None], tokens=tokens)
+    if model > 1:
+        height = -(-rows.shape[1] // model)
+        padded = jnp.pad(weighted, ((0, 0), (0, height * model - rows.shape[1])))
+        weighted = jax.lax.dynamic_slice_in_dim(padded, jax.lax.axis_index(MODEL) * height, height, axis=1)
+    total = jnp.matmul(weighted.T, rows, precision=jax.lax.Precision.HIGHEST)
+    return InputMoment(total=total[None], tokens=tokens)
 
-    Args:
-        layer: the unquantized layer, replicated over the mesh.
-        x: residual stream [B, T, hidden] before the layer, B divided over the mesh's `data` axis.
-        mask: 1 for a chunk that counts, 0 for padding, [B].
-        mesh: from `data_mesh`.
-        full: keep [K, K] matrices rather than diagonals.
 
-    Returns:
-        The stream after the layer, divided like x, and the moments, f32, summed over all devices. Each
-        activation that several linears share is measured once.
-    """
+def partial_sums(mesh: Mesh) -> NamedSharding:
+    """How sums are divided that each device makes of its own chunks or rows, in their first two axes."""
+    return sharding(mesh, "group_sums", "moment_rows")
 
+
+def _measured(
+    layer: DecoderLayer, x: jax.Array, mask: jax.Array, mesh: Mesh, full: bool
+) -> tuple[jax.Array, MomentSums]:
     def local(layer, x, mask):
-        seen: Moments = {}
+        seen: MomentSums = {}
         inputs = set(LINEAR_INPUTS.values())
+        weights = jnp.broadcast_to(mask[:, None], x.shape[:2])
 
         def tap(name: str, value: jax.Array) -> jax.Array:
             if name in inputs:
-                seen[name] = _moment(value, mask, full)
+                seen[name] = device_moment(value, weights, full, mesh.shape[MODEL])
             return value
 
         positions = jnp.arange(x.shape[1], dtype=jnp.int32)
         y, _ = layer(x, positions, tap=tap)
-        return y, jax.lax.psum(seen, "data")
+        return y, seen
 
-    sharded = jax.shard_map(
-        local, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=(P("data"), P())
-    )
-    return sharded(layer, x, mask)
+    whole, chunks = sharding(mesh).spec, sharding(mesh, "chunks").spec
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(whole, chunks, chunks),
+        out_specs=(chunks, partial_sums(mesh).spec),
+        check_vma=False,
+    )(layer, x, mask)
+
+
+@partial(jax.jit, static_argnames=("mesh", "full"))
+def no_moments(
+    layer: DecoderLayer, x: Float[Array, "b t d"], mask: Float32[Array, "b"], mesh: Mesh, full: bool
+) -> MomentSums:
+    """The sums before a layer's first batch; arguments as of `layer_moments`."""
+    # Only shapes are taken from it, and XLA drops what nobody reads.
+    _, like = _measured(layer, x, mask, mesh, full)
+    return no_sums(like, mesh)
+
+
+def no_sums(like: Any, mesh: Mesh) -> Any:
+    """Zeros of these shapes, divided like `partial_sums`; within jit."""
+    zeros = jax.tree.map(lambda each: jnp.zeros(each.shape, each.dtype), like)
+    return jax.lax.with_sharding_constraint(zeros, partial_sums(mesh))
+
+
+@partial(jax.jit, static_argnames=("mesh", "full"), donate_argnames=("x", "sums"))
+def layer_moments(
+    layer: DecoderLayer,
+    x: Float[Array, "b t d"],
+    mask: Float32[Array, "b"],
+    sums: MomentSums,
+    mesh: Mesh,
+    full: bool,
+) -> tuple[Float[Array, "b t d"], MomentSums]:
+    """Run one layer on a batch of residual streams and measure what its linears read.
+
+    Args:
+        layer: the unquantized layer, replicated over the mesh.
+        x: residual stream [B, T, hidden] before the layer, B divided over all devices of the mesh.
+        mask: 1 for a chunk that counts, 0 for padding, [B].
+        sums: what earlier batches gave; first `no_moments`.
+        mesh: `data` × `model` devices.
+        full: keep [K, K] matrices rather than diagonals.
+
+    Returns:
+        The stream after the layer, divided like x, and the sums with this batch's share, f32. Each activation
+        that several linears share is measured once.
+    """
+    y, found = _measured(layer, x, mask, mesh, full)
+    return y, jax.tree.map(jnp.add, sums, found)
+
+
+@partial(jax.jit, static_argnames=("mesh", "full"))
+def add_up(sums: MomentSums, mesh: Mesh, full: bool) -> Moments:
+    """The moments of all batches: rows of full ones divided over `model` where they divide, the rest
+    replicated."""
+
+    def total(each: InputMoment) -> InputMoment:
+        value = jnp.sum(each.total, axis=0)
+        value = value[: value.shape[1]] if full else jnp.sum(value, axis=0)
+        divides = full and len(value) % mesh.shape[MODEL] == 0
+        place = sharding(mesh, "moment_rows", None) if divides else sharding(mesh)
+        return InputMoment(
+            total=jax.lax.with_sharding_constraint(value, place),
+            tokens=jax.lax.with_sharding_constraint(jnp.sum(each.tokens), sharding(mesh)),
+        )
+
+    return {name: total(each) for name, each in sums.items()}
 
 
 def embed_batches(
@@ -79,7 +152,7 @@ def embed_batches(
         embedding: token embedding [vocabulary, hidden] on the host.
         ids: chunks of tokens, int32 [chunks, length].
         batch_tokens: tokens that one device takes at once; at least one chunk.
-        mesh: from `data_mesh`.
+        mesh: `data` × `model` devices.
 
     Raises:
         ValueError: a token that the embedding has no row for.
@@ -91,14 +164,17 @@ def embed_batches(
         )
     per_device = max(1, batch_tokens // ids.shape[1])
     size = mesh.size * min(per_device, -(-len(ids) // mesh.size))
-    sharding = NamedSharding(mesh, P("data"))
-    streams, masks = [], []
+    chunks = sharding(mesh, "chunks")
+    streams = []
     for start in range(0, len(ids), size):
         batch = ids[start : start + size]
-        mask = np.zeros(size, np.float32)
-        mask[: len(batch)] = 1
         rows = np.zeros((size, ids.shape[1], embedding.shape[1]), embedding.dtype)
         rows[: len(batch)] = embedding[batch]
-        streams.append(jax.device_put(rows, sharding))
-        masks.append(jax.device_put(mask, sharding))
-    return streams, masks
+        streams.append(put(rows, chunks))
+    return streams, masks(len(ids), size, mesh)
+
+
+def masks(chunks: int, size: int, mesh: Mesh) -> list[jax.Array]:
+    """1 for each of `chunks` chunks, 0 for the padding of the last batch, in batches of `size`."""
+    counts = np.pad(np.ones(chunks, np.float32), (0, -chunks % size)).reshape(-1, size)
+    return [put(mask, sharding(mesh, "chunks")) for mask in counts]

@@ -48,6 +48,11 @@ def write_tokens(folder: Path, ids: np.ndarray) -> None:
     save_file({"ids": np.ascontiguousarray(ids, np.int32)}, folder / TOKENS)
 
 
+def read_tokens(folder: Path) -> np.ndarray:
+    """The chunks of tokens stored in a folder of statistics, int32 [chunks, length]."""
+    return read_arrays(folder / TOKENS)["ids"]
+
+
 def kept_chunks(path: Path, make: Callable[[], Chunks]) -> Chunks:
     """The chunks that the file `path` keeps; where there is none, those that `make` gives, which are kept
     there first."""
@@ -70,15 +75,17 @@ def write_moments(folder: Path, index: int, moments: Moments) -> None:
     Raises:
         ValueError: an activation that overflowed, by name: nothing can be made of its moment.
     """
-    for name, moment in moments.items():
+    arrays = _plain_moments(moments)
+    for name in moments:
         # A sum of squares: where an entry of the matrix is not finite, its diagonal isn't either.
-        broken = int(np.count_nonzero(~np.isfinite(np.asarray(moment.diagonal))))
+        total = arrays[name]
+        broken = int(np.count_nonzero(~np.isfinite(total if total.ndim == 1 else np.diagonal(total))))
         if broken:
             raise ValueError(
-                f"layers.{index}.{name}: {broken} of {moment.diagonal.size} channels are NaN or Inf on the "
+                f"layers.{index}.{name}: {broken} of {len(total)} channels are NaN or Inf on the "
                 "calibration text; check that the model runs unquantized in this dtype"
             )
-    save_file(_plain_moments(moments), _moments_file(folder, index))
+    save_file(arrays, _moments_file(folder, index))
 
 
 def write_sensitivities(folder: Path, index: int, sensitivities: Sensitivities, weighted: Moments) -> None:
@@ -165,7 +172,7 @@ class Statistics:
 
     def tokens(self) -> np.ndarray:
         """The chunks of tokens that were measured on, int32 [chunks, length]."""
-        return read_arrays(self.folder / TOKENS)["ids"]
+        return read_tokens(self.folder)
 
     def layer(self, index: int) -> Moments:
         """Moments of one layer."""

@@ -24,6 +24,7 @@ from svsk_jax.cli.plan import PlanRun
 from svsk_jax.cli.quantize import Quantize
 from svsk_jax.cli.tune_kernels import TuneKernels
 from svsk_jax.cli.verify import Verify
+from svsk_jax.parallel import distributed
 from svsk_jax.pipeline.run import KEPT
 from svsk_jax.storage.atomic import write_json
 
@@ -65,15 +66,18 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", module=r"(orbax|transformers|datasets|huggingface_hub|jax|flax)\b.*")
     try:
         result = command.run()
-        if command.json is not None:
+        if command.json is not None and distributed.is_lead():
             write_json(command.json, result)
         status = command.status(result)
+        distributed.barrier()
     except BaseException as error:
         if command.debug:
             traceback.print_exc()
         status, message = explain(error)
+        console.quiet = False
         if message:
             console.print(f"[bold red]error:[/] {escape(_printable(message))}", soft_wrap=True)
+        distributed.fail(status, message)
     if status:
         sys.exit(status)
 

@@ -2,26 +2,31 @@
 
 import dataclasses
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from jax.sharding import Mesh
 
 from svsk_jax import pipeline
 from svsk_jax.calibration.config import CalibrationConfig
 from svsk_jax.calibration.store import Statistics
 from svsk_jax.calibration.text import read_texts
 from svsk_jax.cli.common import ModelFlags, Verb, console, layer_progress
+from svsk_jax.cli.mesh_flags import MeshFlags
 from svsk_jax.evaluation.divergence import DivergenceReport, Estimate
 from svsk_jax.evaluation.evaluate import evaluate_texts
 from svsk_jax.model.source import ModelSource
 from svsk_jax.models import load_model, open_model
+from svsk_jax.parallel.distributed import agree, barrier, is_distributed, is_lead
 from svsk_jax.pipeline import Plan
 from svsk_jax.quant.types import DEFAULT_RECIPE, recipe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Autotune(ModelFlags, Verb):
+class Autotune(MeshFlags, ModelFlags, Verb):
     """Choose group size, codebook, sidecar tile and ranks of every linear for a budget of bytes, and write
     a recipe file for `svsk quantize --recipe FILE`. A run that was cut short is taken up by the same command:
     it calibrates again unless it is given --calib-stats, and measures what is still to be measured."""
@@ -47,6 +52,7 @@ class Autotune(ModelFlags, Verb):
 
     def run(self) -> dict[str, Any]:
         """Tune."""
+        mesh = self.join()
         if self.output.suffix != ".json":
             raise ValueError(f"--output {self.output}: a recipe file's name ends in .json")
         if self.output.exists() and not self.overwrite:
@@ -56,15 +62,21 @@ class Autotune(ModelFlags, Verb):
             config = dataclasses.replace(config, bits=self.bits)
         source = open_model(self.model, revision=self.revision)
         work = self.output.absolute().with_suffix(".work")
-        with tempfile.TemporaryDirectory(prefix="svsk-autotune-") as scratch, layer_progress() as on_progress:
-            statistics = self._statistics(source, Path(scratch), on_progress)
+        with self._scratch() as scratch, layer_progress() as on_progress:
+            statistics = self._statistics(source, scratch, mesh, on_progress)
             tuned = pipeline.autotune(
-                source, statistics, config, work, recipe=f"{self.recipe} tuned", on_progress=on_progress
+                source,
+                statistics,
+                config,
+                work,
+                recipe=f"{self.recipe} tuned",
+                mesh=mesh,
+                on_progress=on_progress,
             )
             measured = {}
             if self.measure == "on":
                 plans = {"default": tuned.default, "tuned": tuned.plan}
-                measured = self._measure(source, statistics, plans, Path(scratch), on_progress)
+                measured = self._measure(source, statistics, plans, scratch, mesh, on_progress)
         result = {
             "predicted_nats": {
                 "default": tuned.default.predicted_nats,
@@ -73,7 +85,8 @@ class Autotune(ModelFlags, Verb):
             "measured_kld": {name: dataclasses.asdict(value) for name, value in measured.items()},
             "chosen": tuned.chosen,
         }
-        tuned.plan.save(self.output, {"tuning": result})
+        if is_lead():
+            tuned.plan.save(self.output, {"tuning": result})
         unit = "nats" if statistics.has_sensitivity else "as the sum of layer errors"
         for name, plan in (("default", tuned.default), ("tuned", tuned.plan)):
             line = f"{name}: predicted {plan.predicted_nats:.4f} {unit}"
@@ -85,11 +98,26 @@ class Autotune(ModelFlags, Verb):
         console.print(f"wrote {self.output}; use it with: svsk quantize --recipe {self.output}")
         return {"output": str(self.output), **result}
 
-    def _statistics(self, source: ModelSource, scratch: Path, on_progress: pipeline.OnProgress) -> Statistics:
+    @contextmanager
+    def _scratch(self) -> Iterator[Path]:
+        """A temporary folder for all processes, where they all can see it."""
+        beside = self.output.absolute().parent if is_distributed() else None
+        if not is_lead():
+            yield Path(agree(str))
+            barrier()
+            return
+        with tempfile.TemporaryDirectory(prefix="svsk-autotune-", dir=beside) as scratch:
+            yield Path(agree(lambda: scratch))
+            barrier()
+
+    def _statistics(
+        self, source: ModelSource, scratch: Path, mesh: Mesh | None, on_progress: pipeline.OnProgress
+    ) -> Statistics:
         if self.calib_stats is not None:
             return Statistics.open(self.calib_stats)
-        pipeline.calibrate(source, scratch / "statistics", self.calibration, on_progress=on_progress)
-        return Statistics.open(scratch / "statistics")
+        folder = scratch / "statistics"
+        pipeline.calibrate(source, folder, self.calibration, mesh=mesh, on_progress=on_progress)
+        return Statistics.open(folder)
 
     def _measure(
         self,
@@ -97,10 +125,12 @@ class Autotune(ModelFlags, Verb):
         statistics: Statistics,
         plans: dict[str, Plan],
         scratch: Path,
+        mesh: Mesh | None,
         on_progress: pipeline.OnProgress,
     ) -> dict[str, Estimate]:
-        """Mean KLD of the model quantized by each plan, on the same text."""
-        reference, texts = load_model(source, weights="dense"), read_texts(self.text, "evaluation")
+        """Mean KLD of the model quantized by each plan, on the same text; the lead alone measures."""
+        reference = load_model(source, weights="dense") if is_lead() else None
+        texts = read_texts(self.text, "evaluation")
         measured = {}
         for name, plan in plans.items():
             pipeline.quantize(
@@ -109,8 +139,11 @@ class Autotune(ModelFlags, Verb):
                 plan,
                 recipe=plan.recipe,
                 statistics=statistics,
+                mesh=mesh,
                 on_progress=on_progress,
             )
+            if reference is None:
+                continue
             model = load_model(open_model(str(scratch / name)), weights="dense")
             (evaluation,) = evaluate_texts(
                 model,

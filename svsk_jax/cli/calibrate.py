@@ -6,11 +6,12 @@ from typing import Any
 from svsk_jax import pipeline
 from svsk_jax.calibration.config import CalibrationConfig
 from svsk_jax.cli.common import ModelFlags, OutputFlags, Verb, console, layer_progress
+from svsk_jax.cli.mesh_flags import MeshFlags
 from svsk_jax.models import open_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Calibrate(OutputFlags, ModelFlags, Verb):
+class Calibrate(OutputFlags, MeshFlags, ModelFlags, Verb):
     """Measure a model's activations on calibration text once, for any number of quantize runs
     (--calib-stats)."""
 
@@ -19,10 +20,16 @@ class Calibrate(OutputFlags, ModelFlags, Verb):
 
     def run(self) -> dict[str, Any]:
         """Calibrate."""
+        mesh = self.join()
         source = open_model(self.model, revision=self.revision)
         with layer_progress() as on_progress:
             manifest = pipeline.calibrate(
-                source, self.output, self.calibration, overwrite=self.overwrite, on_progress=on_progress
+                source,
+                self.output,
+                self.calibration,
+                overwrite=self.overwrite,
+                mesh=mesh,
+                on_progress=on_progress,
             )
         text = manifest["text"]
         console.print(

@@ -8,6 +8,7 @@ import tyro
 
 from svsk_jax.cli.common import ModelFlags, Verb, console
 from svsk_jax.models import Weights, load_model, open_model
+from svsk_jax.parallel import parse_mesh
 from svsk_jax.runtime.chat import chat, encode_chat, encode_prompt, stop_ids
 from svsk_jax.runtime.generate import GenerationResult, TextGenerator
 from svsk_jax.runtime.sampling import SamplingConfig
@@ -28,6 +29,9 @@ class Generate(ModelFlags, Verb):
     weights: Weights = "auto"
     """Run from packed weights or from their dense restore; auto: dense on a CPU, where small models are
     faster so and larger ones take six times the memory."""
+    mesh: str | None = None
+    """Devices to divide the model over, such as model=2: each holds a part of every matrix. data=N is of no
+    use for one text. Default: one device."""
     sampling: SamplingConfig = SamplingConfig()
     """How to choose tokens."""
 
@@ -35,9 +39,14 @@ class Generate(ModelFlags, Verb):
         """Generate."""
         if self.raw and self.prompt is None:
             raise ValueError("--raw: give a --prompt to continue")
+        mesh = None if self.mesh is None else parse_mesh(self.mesh)
         source = open_model(self.model, revision=self.revision)
         tokenizer = source.tokenizer()
-        model = load_model(source, weights=self.weights)
+        model = (
+            load_model(source, weights=self.weights)
+            if mesh is None
+            else load_model(source, weights=self.weights, mesh=mesh)
+        )
         generator = TextGenerator(model, tokenizer, stop_ids=stop_ids(source.generation_config, tokenizer))
         if self.prompt is None:
             messages = chat(

@@ -8,12 +8,13 @@ from svsk_jax import pipeline
 from svsk_jax.calibration.config import CalibrationConfig
 from svsk_jax.calibration.store import Statistics
 from svsk_jax.cli.common import ModelFlags, OutputFlags, Verb, console, layer_progress
+from svsk_jax.cli.mesh_flags import MeshFlags
 from svsk_jax.cli.recipe_flags import RecipeFlags
 from svsk_jax.models import open_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Quantize(RecipeFlags, OutputFlags, ModelFlags, Verb):
+class Quantize(RecipeFlags, OutputFlags, MeshFlags, ModelFlags, Verb):
     """Quantize a model, layer by layer."""
 
     resume: bool = False
@@ -25,6 +26,7 @@ class Quantize(RecipeFlags, OutputFlags, ModelFlags, Verb):
 
     def run(self) -> dict[str, Any]:
         """Quantize."""
+        mesh = self.join()
         name, config = self.chosen()
         source = open_model(self.model, revision=self.revision)
         statistics = None if self.calib_stats is None else Statistics.open(self.calib_stats)
@@ -38,6 +40,7 @@ class Quantize(RecipeFlags, OutputFlags, ModelFlags, Verb):
                 statistics=statistics,
                 overwrite=self.overwrite,
                 resume=self.resume,
+                mesh=mesh,
                 on_progress=on_progress,
             )
         budget = result.budget

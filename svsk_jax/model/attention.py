@@ -32,11 +32,13 @@ def rotate(
 
 
 class Attention(nnx.Module):
-    """softmax(q kᵀ / √head_dim) v, with q, k rotated; scores and softmax in f32."""
+    """softmax(q kᵀ / √head_dim) v, with q, k rotated; scores and softmax in f32. With `axis`, of the heads
+    on this device of that axis of a mesh, which `config` counts."""
 
-    def __init__(self, config: ModelConfig, parameters: Mapping[str, Any]):
-        def linear(name: str) -> Linear:
-            return Linear(parameters[f"attention.{name}.weight"], parameters.get(f"attention.{name}.bias"))
+    def __init__(self, config: ModelConfig, parameters: Mapping[str, Any], axis: str | None = None):
+        def linear(name: str, axis: str | None = None) -> Linear:
+            weight, bias = parameters[f"attention.{name}.weight"], parameters.get(f"attention.{name}.bias")
+            return Linear(weight, bias, axis)
 
         def norm(name: str) -> RMSNorm | None:
             return (
@@ -50,7 +52,7 @@ class Attention(nnx.Module):
         else:
             self.qkv = None
             self.q, self.k, self.v = linear("q"), linear("k"), linear("v")
-        self.o = linear("o")
+        self.o = linear("o", axis)
         self.q_norm, self.k_norm = norm("q_norm"), norm("k_norm")
         self.config = config
 

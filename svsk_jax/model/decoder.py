@@ -12,25 +12,26 @@ from jaxtyping import Array, Float, Int
 from svsk_jax.model.attention import Attention, LayerCache
 from svsk_jax.model.config import ModelConfig
 from svsk_jax.model.kv_cache import KVCache
-from svsk_jax.model.linear import Embedding, Linear, project
+from svsk_jax.model.linear import Embedding, Linear, join_over, project
 from svsk_jax.model.norm import RMSNorm
 from svsk_jax.model.parameters import layer_parameters
 from svsk_jax.model.tap import Tap, no_tap
 
 
 class MLP(nnx.Module):
-    """y = W_down (silu(W_gate x) ⊙ W_up x)."""
+    """y = W_down (silu(W_gate x) ⊙ W_up x). With `axis`, the hidden units are divided over the devices along
+    that axis of a mesh."""
 
-    def __init__(self, parameters: Mapping[str, Any]):
-        def linear(name: str) -> Linear:
-            return Linear(parameters[f"mlp.{name}.weight"], parameters.get(f"mlp.{name}.bias"))
+    def __init__(self, parameters: Mapping[str, Any], axis: str | None = None):
+        def linear(name: str, axis: str | None = None) -> Linear:
+            return Linear(parameters[f"mlp.{name}.weight"], parameters.get(f"mlp.{name}.bias"), axis)
 
         if "mlp.gate_up.weight" in parameters:
             self.gate_up = linear("gate_up")
         else:
             self.gate_up = None
             self.gate, self.up = linear("gate"), linear("up")
-        self.down = linear("down")
+        self.down = linear("down", axis)
 
     def __call__(self, x: Float[Array, "b t d"], tap: Tap = no_tap) -> Float[Array, "b t d"]:
         """Apply to the last axis."""
@@ -46,11 +47,11 @@ class MLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). `parameters` are named by path within the layer."""
 
-    def __init__(self, config: ModelConfig, parameters: Mapping[str, Any]):
+    def __init__(self, config: ModelConfig, parameters: Mapping[str, Any], axis: str | None = None):
         self.input_norm = RMSNorm(parameters["input_norm.scale"], config.rms_norm_eps)
-        self.attention = Attention(config, parameters)
+        self.attention = Attention(config, parameters, axis)
         self.mlp_norm = RMSNorm(parameters["mlp_norm.scale"], config.rms_norm_eps)
-        self.mlp = MLP(parameters)
+        self.mlp = MLP(parameters, axis)
 
     def __call__(
         self,
@@ -70,7 +71,9 @@ class Decoder(nnx.Module):
     matrices may be packed.
 
     A module is a pytree: `jax.jit(lambda model, tokens: model(tokens))` is how to run it. Activations have
-    `dtype`. `num_layers` builds only the first layers, 0 embedding and head alone.
+    `dtype`. `num_layers` builds only the first layers, 0 embedding and head alone. With `axis`, the
+    parameters are one device's share of those along that axis of a mesh (`parallel.decoder`), and the module
+    runs under `jax.shard_map`.
     """
 
     def __init__(
@@ -80,16 +83,18 @@ class Decoder(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         *,
         num_layers: int | None = None,
+        axis: str | None = None,
     ):
         layers = config.num_layers if num_layers is None else num_layers
-        self.embedding = Embedding(parameters["embedding.weight"])
+        self.embedding = Embedding(parameters["embedding.weight"], axis)
         self.layers = nnx.List(
-            [DecoderLayer(config, layer_parameters(parameters, index)) for index in range(layers)]
+            [DecoderLayer(config, layer_parameters(parameters, index), axis) for index in range(layers)]
         )
         self.final_norm = RMSNorm(parameters["final_norm.scale"], config.rms_norm_eps)
         self.head = None if config.tie_word_embeddings else Linear(parameters["head.weight"])
         self.config = config
         self.dtype = jnp.dtype(dtype)
+        self.axis = axis
 
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t v"]:
         """Logits, f32, of the token after each position."""
@@ -127,4 +132,4 @@ class Decoder(nnx.Module):
         """Final norm and head, f32."""
         x = self.final_norm(x)
         y = project(x, self.embedding.weight.get_value()) if self.head is None else self.head(x)
-        return y.astype(jnp.float32)
+        return join_over(y.astype(jnp.float32), self.axis, self.config.vocab_size)

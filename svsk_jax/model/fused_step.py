@@ -1,5 +1,6 @@
 """A decode step of few kernels: products that end in the norm, attention or gate which follows them."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.decode_step import (
     HEAD_DIMS,
     MOST_QUERIES,
+    Product,
     attend,
     finish_gated,
     finish_heads,
@@ -19,10 +21,13 @@ from pallas_kernels.decode_step import (
 from pallas_kernels.svsk_matmul import TritonInt8Weight, TritonWeight, triton_int8, why_no_triton
 from pallas_kernels.svsk_matmul.tuning import batch_of
 from svsk_jax.model.decoder import Decoder, DecoderLayer
-from svsk_jax.model.linear import Linear
+from svsk_jax.model.linear import Linear, join_over, sum_over
 
 LARGEST_BATCH = 64
 """Sequences that a step takes."""
+SMALL_SUM = 1 << 18
+"""Bytes of a product's parts up to which devices exchange them as they are. Adding up its own first is one
+more launch for each device (`benchmarks.scale.multi_gpu` times both)."""
 
 
 def why_not_fused(model: Decoder, *, interpret: bool = False) -> str | None:
@@ -67,7 +72,8 @@ def fused_step(
     The residual stream is f32, and x of a product is rounded to f16, not to the model's dtype.
 
     Args:
-        model: one that `why_not_fused` says nothing against.
+        model: one that `why_not_fused` says nothing against; with an axis, one device's share, under
+            `jax.shard_map`.
         tokens: int32; their number is one of `batch_bucket`.
         keys, values: of each layer, [b, capacity, KV heads, head_dim]; donate them, to be written in place.
         lengths: int32, filled positions of each sequence, below the capacity.
@@ -112,7 +118,7 @@ def fused_step(
             group=spread_group(layer.o, m),
             interpret=interpret,
         )
-        o = product(mixed, layer.o, layer.o_bias, interpret=interpret)
+        o = _summed(product(mixed, layer.o, layer.o_bias, interpret=interpret), model.axis)
         group = spread_group(layer.gate_up, m)
         stream = finish_residual(
             stream.x,
@@ -124,7 +130,7 @@ def fused_step(
         gate_up = product(stream.scaled, layer.gate_up, layer.gate_up_bias, interpret=interpret)
         group = spread_group(layer.down, m)
         hidden = finish_gated(gate_up, stream.squares, group=group, **norm)
-        pending = product(hidden, layer.down, layer.down_bias, interpret=interpret)
+        pending = _summed(product(hidden, layer.down, layer.down_bias, interpret=interpret), model.axis)
         x = stream.x
         new_keys.append(layer_keys)
         new_values.append(layer_values)
@@ -133,7 +139,22 @@ def fused_step(
     stream = finish_residual(x, pending, scale, group=None, rows=rows, interpret=interpret)
     logits = triton_int8.matmul(stream.scaled, head, jnp.float32, batch=batch_of(rows), interpret=interpret)
     rms = jnp.sqrt(jnp.sum(stream.squares, axis=-1, keepdims=True) / d + config.rms_norm_eps)
-    return logits[:m, : config.vocab_size] / rms, tuple(new_keys), tuple(new_values)
+    logits = join_over(logits[:m, : head.shape[0]], model.axis, config.vocab_size)
+    return logits / rms, tuple(new_keys), tuple(new_values)
+
+
+def _summed(found: Product, axis: str | None) -> Product:
+    """A product of columns that are divided over a mesh axis, with parts that are the devices' sums.
+
+    Devices hold the same U and scales of the sidecar, which the next kernel applies: what is summed holds
+    the rows of V x as well, and a few parts of one token are left to it too.
+    """
+    if axis is None:
+        return found
+    parts = found.parts
+    if parts.nbytes > SMALL_SUM:
+        parts = jnp.sum(parts, axis=0, keepdims=True)
+    return dataclasses.replace(found, parts=sum_over(parts, axis))
 
 
 class _Layer:

@@ -32,30 +32,63 @@ def project(x: Float[Array, "*b k"], weight: Weight) -> Float[Array, "*b n"]:
     return jnp.matmul(x, weight.T.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
 
 
-class Linear(nnx.Module):
-    """y = x Wᵀ + b, with W [out, in] of any form; f32 accumulation, y in x's dtype."""
+def sum_over(x: Float[Array, "*b n"], axis: str | None) -> Float[Array, "*b n"]:
+    """The sum of what the devices along an axis of a mesh hold; x itself without an axis."""
+    return x if axis is None else jax.lax.psum(x, axis)
 
-    def __init__(self, weight: Weight, bias: jax.Array | None = None):
+
+def join_over(x: Float[Array, "*b n"], axis: str | None, size: int) -> Float[Array, "*b size"]:
+    """What the devices along an axis of a mesh hold one after another, cut to `size` columns; x itself
+    without an axis."""
+    return x if axis is None else jax.lax.all_gather(x, axis, axis=x.ndim - 1, tiled=True)[..., :size]
+
+
+class Linear(nnx.Module):
+    """y = x Wᵀ + b, with W [out, in] of any form; f32 accumulation, y in x's dtype.
+
+    With `axis`, each device along that axis of a mesh holds a part of the columns of W and of x: their
+    products are summed over it, in x's dtype.
+    """
+
+    def __init__(self, weight: Weight, bias: jax.Array | None = None, axis: str | None = None):
         self.weight = nnx.Param(weight)
         self.bias = None if bias is None else nnx.Param(bias)
+        self.axis = axis
 
     def __call__(self, x: Float[Array, "*b k"]) -> Float[Array, "*b n"]:
         """Apply the linear map to the last axis."""
-        y = project(x, self.weight.get_value())
+        y = sum_over(project(x, self.weight.get_value()), self.axis)
         return y if self.bias is None else y + self.bias.get_value().astype(x.dtype)
 
 
 class Embedding(nnx.Module):
-    """Rows of a [vocabulary, hidden] matrix, dense or int8."""
+    """Rows of a [vocabulary, hidden] matrix, dense or int8.
 
-    def __init__(self, weight: jax.Array | Int8Weight | TritonInt8Weight | TransposedInt8Weight):
+    With `axis`, the devices along that axis of a mesh hold equal parts of the rows, in order.
+    """
+
+    def __init__(
+        self,
+        weight: jax.Array | Int8Weight | TritonInt8Weight | TransposedInt8Weight,
+        axis: str | None = None,
+    ):
         self.weight = nnx.Param(weight)
+        self.axis = axis
 
     def __call__(self, tokens: Int[Array, "*b"], dtype: DTypeLike) -> Float[Array, "*b d"]:
         """Look tokens up, in `dtype`."""
+        if self.axis is None:
+            return self._rows(tokens, dtype)
+        rows = self.weight.get_value().shape[0]
+        here = tokens - rows * jax.lax.axis_index(self.axis)
+        inside = (here >= 0) & (here < rows)
+        found = self._rows(jnp.where(inside, here, 0), dtype)
+        return sum_over(jnp.where(inside[..., None], found, jnp.zeros((), found.dtype)), self.axis)
+
+    def _rows(self, rows: Int[Array, "*b"], dtype: DTypeLike) -> Float[Array, "*b d"]:
         weight = self.weight.get_value()
         return (
-            take_rows(weight, tokens, dtype)
+            take_rows(weight, rows, dtype)
             if isinstance(weight, Int8Weight | TritonInt8Weight | TransposedInt8Weight)
-            else weight[tokens].astype(dtype)
+            else weight[rows].astype(dtype)
         )

@@ -10,18 +10,31 @@ from svsk_jax.model.config import ModelConfig
 
 
 @runtime_checkable
-class ModelSource(Protocol):
+class ParameterSource(Protocol):
+    """A model's parameters, read piece by piece."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The decoder's configuration."""
+        ...
+
+    def outer(self, dtype: DTypeLike) -> dict[str, Any]:
+        """Parameters outside the layers, by full path."""
+        ...
+
+    def layer(self, index: int, dtype: DTypeLike) -> dict[str, Any]:
+        """Parameters of one decoder layer, by path within the layer."""
+        ...
+
+
+@runtime_checkable
+class ModelSource(ParameterSource, Protocol):
     """A model that is read piece by piece. Dense values come as numpy arrays of the asked dtype; packed
     ones as they are stored."""
 
     @property
     def description(self) -> str:
         """What was opened, for people: a hub id with revision, or a path."""
-        ...
-
-    @property
-    def config(self) -> ModelConfig:
-        """The decoder's configuration."""
         ...
 
     @property
@@ -32,14 +45,6 @@ class ModelSource(Protocol):
     @property
     def generation_config(self) -> dict[str, Any]:
         """The generation_config.json: stop and start tokens and sampling defaults; may be empty."""
-        ...
-
-    def outer(self, dtype: DTypeLike) -> dict[str, Any]:
-        """Parameters outside the layers, by full path."""
-        ...
-
-    def layer(self, index: int, dtype: DTypeLike) -> dict[str, Any]:
-        """Parameters of one decoder layer, by path within the layer."""
         ...
 
     def tokenizer(self) -> PreTrainedTokenizerBase:

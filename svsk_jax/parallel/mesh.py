@@ -10,8 +10,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA, MODEL = "data", "model"
 
-MESH_AXIS: dict[str, str | None] = {
-    "batch": DATA,  # chunks of calibration text; texts that are generated side by side
+MESH_AXIS: dict[str, str | tuple[str, ...] | None] = {
+    "batch": DATA,  # texts that are generated side by side
+    "chunks": (DATA, MODEL),  # chunks of calibration text: the parameters of the layer at hand are everywhere
+    "group_sums": DATA,  # what each `model` group added up of its chunks
     "moment_rows": MODEL,  # rows of a second moment H
     "weight_rows": MODEL,  # rows of a matrix while it is quantized
     "heads": MODEL,  # attention heads, and the columns of the output projection that read them

@@ -7,16 +7,20 @@ from collections import Counter
 from pathlib import Path
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from svsk_jax.calibration.store import Statistics
 from svsk_jax.model.source import ModelSource
+from svsk_jax.parallel.distributed import barrier, is_lead
+from svsk_jax.parallel.groups import DeviceGroups
 from svsk_jax.pipeline.checks import default_dtype, refuse_packed
-from svsk_jax.pipeline.options import options_file, read_options, remove_options, write_options
+from svsk_jax.pipeline.options import measured_options, options_file, remove_options
 from svsk_jax.pipeline.plan import Choices, Plan, drafted, layer_options, spend
 from svsk_jax.pipeline.progress import OnProgress, Progress
 from svsk_jax.pipeline.quantize import within
 from svsk_jax.quant.allocation import Option
+from svsk_jax.quant.row_parts import Devices
 from svsk_jax.quant.types import QuantConfig, TileShape
 
 SEARCH = Choices(
@@ -46,6 +50,7 @@ def autotune(
     recipe: str,
     choices: Choices = SEARCH,
     dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
     on_progress: OnProgress | None = None,
 ) -> Tuned:
     """Measure every option of every linear, and spend `config.bits` on the best.
@@ -59,6 +64,8 @@ def autotune(
         recipe: name for the plan.
         choices: what is tried beside the recipe's own choices.
         dtype: that weights are read in; default f32 on CPU, bf16 elsewhere.
+        mesh: layers are divided over its `data` axis, a linear's rows over `model`; default as
+            `DeviceGroups.of` has it.
         on_progress: called after each layer.
 
     Raises:
@@ -78,22 +85,29 @@ def autotune(
         tiles=_union(own.tiles, choices.tiles),
     )
     key = _key(source, statistics, config, choices, dtype)
-    options: dict[str, list[Option]] = {}
     layers = source.config.num_layers
-    for index in range(layers):
-        path = options_file(work, index, key)
-        measured = read_options(path)
-        if measured is None:
-            measured = layer_options(source, statistics, index, drafted(config), choices, dtype)
-            write_options(path, measured)
-        options |= measured
+
+    def measure(index: int, devices: Devices) -> dict[str, list[Option]]:
+        return layer_options(source, statistics, index, drafted(config), choices, dtype, devices)
+
+    def report(done: int) -> None:
         if on_progress:
-            on_progress(Progress(stage="autotune", layer=index + 1, layers=layers))
+            on_progress(Progress(stage="autotune", layer=done, layers=layers))
+
+    options = measured_options(
+        layers,
+        lambda index: options_file(work, index, key),
+        measure,
+        DeviceGroups.of(mesh),
+        report,
+    )
+    barrier()
     best = spend(options, config)
     plain = spend({name: [o for o in listed if _is_own(o, own)] for name, listed in options.items()}, config)
     # `allocate` is only nearly optimal: with more to choose from it may do a little worse.
     best = min(best, plain, key=lambda allocation: allocation.nats)
-    remove_options(work)
+    if is_lead():
+        remove_options(work)
     return Tuned(
         plan=Plan(recipe=recipe, config=config, tensors=best.plans, predicted_nats=best.nats),
         default=Plan(recipe=recipe, config=config, tensors=plain.plans, predicted_nats=plain.nats),

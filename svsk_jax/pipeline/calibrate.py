@@ -1,10 +1,12 @@
 """Measure a model on calibration text."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from svsk_jax.calibration import store
@@ -16,10 +18,13 @@ from svsk_jax.calibration.passes import Walk
 from svsk_jax.model.config import ModelConfig
 from svsk_jax.model.parameters import LINEAR_INPUTS, layer_shapes
 from svsk_jax.model.source import ModelSource
+from svsk_jax.parallel.distributed import agree, barrier, is_lead
+from svsk_jax.parallel.placement import readable
 from svsk_jax.pipeline.checks import default_dtype, refuse_packed, require_space
 from svsk_jax.pipeline.progress import OnProgress, Progress, Stopwatch
 from svsk_jax.quant.types import SENSITIVITY_TILE
-from svsk_jax.storage.atomic import output_folder
+from svsk_jax.storage.atomic import output_folder, partial_folder
+from svsk_jax.storage.behind import OneBehind
 
 
 def calibrate(
@@ -30,6 +35,7 @@ def calibrate(
     overwrite: bool = False,
     dtype: DTypeLike | None = None,
     keep_text: Path | None = None,
+    mesh: Mesh | None = None,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """Measure the second moments of every linear's input and the model's sensitivity to its output, and store
@@ -43,6 +49,7 @@ def calibrate(
         dtype: of the activations; default f32 on CPU, bf16 elsewhere.
         keep_text: file that keeps the chunks of tokens; those that an earlier run left there are taken as
             they are.
+        mesh: `data` × `model` devices to work on; default all, along `data`.
         on_progress: called after each layer of each pass.
 
     Returns:
@@ -55,13 +62,20 @@ def calibrate(
     """
     watch = Stopwatch()
     dtype = default_dtype() if dtype is None else dtype
-    with output_folder(output, overwrite=overwrite, marker=store.MANIFEST) as folder:
-        require_space(output, statistics_bytes(source.config, calibration))
+    with _shared_folder(output, overwrite) as folder:
+        if is_lead():
+            require_space(output, statistics_bytes(source.config, calibration))
         outer = source.outer(dtype)
         refuse_packed(source, outer)
         watch.lap("load")
-        chunks = _chunks(source, calibration, dtype, keep_text)
-        store.write_tokens(folder, chunks.ids)
+
+        def make_text() -> dict[str, int]:
+            chunks = _chunks(source, calibration, dtype, keep_text)
+            store.write_tokens(folder, chunks.ids)
+            return dict(chunks.counts)
+
+        counts = agree(make_text)
+        ids = store.read_tokens(folder)
         watch.lap("text")
         layers = source.config.num_layers
 
@@ -70,24 +84,35 @@ def calibrate(
             if on_progress:
                 on_progress(Progress(stage=stage, layer=done, layers=layers))
 
-        walk = Walk(source, outer, chunks.ids, calibration.batch_tokens, dtype)
+        walk = Walk(source, outer, ids, calibration.batch_tokens, dtype, mesh)
         del outer
-        with BlockInputs(int(calibration.fisher_memory * 1e9), folder) as kept:
+        memory = int(calibration.fisher_memory * 1e9)
+        with OneBehind() as writer, BlockInputs(memory, folder) as kept:
+
+            def write(how: Callable[..., None], index: int, *found: Any) -> None:
+                whole = readable(found)
+                if is_lead():
+                    writer.submit(how, folder, index, *whole)
+
             sensitive = calibration.measures_sensitivity
             forwards = walk.forwards(
                 calibration.moments == "full", kept if sensitive else None, calibration.fisher_chunks
             )
             for index, moments in forwards:
-                store.write_moments(folder, index, moments)
+                write(store.write_moments, index, moments)
                 report("calibrate", index + 1)
+            writer.finish()
+            watch.lap("calibrate")
             if sensitive:
                 for index, sensitivities, weighted in walk.backwards(kept, calibration.seed):
-                    store.write_sensitivities(folder, index, sensitivities, weighted)
+                    write(store.write_sensitivities, index, sensitivities, weighted)
                     report("sensitivity", layers - index)
+                writer.finish()
+                watch.lap("sensitivity")
         text = {
-            "calib": {_public_name(name): count for name, count in chunks.counts.items()},
-            "chunks": chunks.ids.shape[0],
-            "chunk_length": chunks.ids.shape[1],
+            "calib": {_public_name(name): count for name, count in counts.items()},
+            "chunks": ids.shape[0],
+            "chunk_length": ids.shape[1],
             "moments": calibration.moments,
             "fisher_chunks": walk.kept_chunks,
             "seed": calibration.seed,
@@ -98,8 +123,24 @@ def calibrate(
             "text": text,
             "seconds": watch.seconds,
         }
-        store.finish(folder, manifest)
+        if is_lead():
+            store.finish(folder, manifest)
     return manifest
+
+
+@contextmanager
+def _shared_folder(output: Path, overwrite: bool) -> Iterator[Path]:
+    """The lead's `output_folder`, for every process; no process is done before it has its name."""
+    if is_lead():
+        with output_folder(output, overwrite=overwrite, marker=store.MANIFEST) as folder:
+            barrier()
+            yield folder
+            barrier()
+    else:
+        barrier()
+        yield partial_folder(output)
+        barrier()
+    barrier()
 
 
 def _chunks(

@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from svsk_jax.parallel.distributed import barrier
+from svsk_jax.parallel.groups import DeviceGroups
 from svsk_jax.quant.allocation import Option
 from svsk_jax.quant.types import TileShape
 from svsk_jax.storage.durable import durable_file
@@ -61,6 +64,53 @@ def read_options(path: Path) -> dict[str, list[Option]] | None:
         )
         options.setdefault(name, []).append(option)
     return options
+
+
+def measured_options(
+    layers: int,
+    file_of: Callable[[int], Path | None],
+    measure: Callable[[int, Sequence[Any]], dict[str, list[Option]]],
+    groups: DeviceGroups,
+    report: Callable[[int], None],
+) -> dict[str, list[Option]]:
+    """The options of every linear of a model, by full path, layer by layer.
+
+    Args:
+        layers: how many.
+        file_of: where those of a layer are kept; None: nowhere, which takes a single process. What is there
+            is not measured again.
+        measure: measures a layer on some devices.
+        groups: the devices; every process of them measures its own layers, and reads the others'.
+        report: called with the number of layers done.
+    """
+    own = groups.own(layers)
+    found = {index: _kept(file_of(index)) for index in own}
+    missing = [index for index in own if found[index] is None]
+    with closing(groups.each(missing, measure)) as fresh:
+        for done, index in enumerate(own, start=1):
+            if found[index] is None:
+                found[index] = options = next(fresh)
+                path = file_of(index)
+                if path is not None:
+                    write_options(path, options)
+            report(done)
+    barrier()
+    options: dict[str, list[Option]] = {}
+    for index in range(layers):
+        of_layer = found[index] if index in found else _kept(file_of(index))
+        if of_layer is None:
+            raise FileNotFoundError(
+                f"{file_of(index)}: not there, though another process measured it; with --distributed all "
+                "processes need the same file system"
+            )
+        options |= of_layer
+    if len(own) < layers:
+        report(layers)
+    return options
+
+
+def _kept(path: Path | None) -> dict[str, list[Option]] | None:
+    return None if path is None else read_options(path)
 
 
 def remove_options(folder: Path) -> None:

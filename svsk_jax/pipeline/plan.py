@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -17,7 +18,8 @@ from svsk_jax.json_data import checked, from_json, parse_json, shown
 from svsk_jax.model.config import ModelConfig
 from svsk_jax.model.parameters import LINEAR_INPUTS, QUANTIZED_LINEARS, layer_shapes
 from svsk_jax.model.source import ModelSource
-from svsk_jax.pipeline.options import options_file, read_options, write_options
+from svsk_jax.parallel.groups import DeviceGroups
+from svsk_jax.pipeline.options import measured_options, options_file
 from svsk_jax.pipeline.progress import OnProgress, Progress
 from svsk_jax.quant.allocation import Allocation, Option, allocate
 from svsk_jax.quant.budget import base_bytes
@@ -31,7 +33,7 @@ from svsk_jax.quant.joint import (
     quantize_base,
     tile_blocks,
 )
-from svsk_jax.quant.metric import nats
+from svsk_jax.quant.row_parts import Devices, RowPart, row_parts, total_nats
 from svsk_jax.quant.sidecar_fit import rank_gains
 from svsk_jax.quant.types import MAX_RANK, QuantConfig, TensorPlan, TileShape
 from svsk_jax.storage.atomic import write_json
@@ -86,25 +88,32 @@ class Choices:
 
 
 def measure_options(
-    W: Array, metrics: tuple[InputMetric, OutputMetric], config: QuantConfig, choices: Choices
+    W: Array,
+    metrics: tuple[InputMetric, OutputMetric],
+    config: QuantConfig,
+    choices: Choices,
+    devices: Devices = (),
 ) -> list[Option]:
-    """Round the base of one linear each way, and see what each rank of a sidecar would gain. W f32 [N, K].
+    """Round the base of one linear each way, and see what each rank of a sidecar would gain. W f32 [N, K];
+    its rows are divided over `devices`, which changes nothing.
 
     The gains of the first base are measured; those of the others are taken to be as much larger or smaller
     as their errors are (docs/decisions/0003: within 7 % for 16 ranks).
     """
-    inputs, outputs = metrics
     shape = (W.shape[0], W.shape[1])
     options: list[Option] = []
     gains: dict[TileShape, np.ndarray] = {}
+    parts = row_parts(W, *metrics, [tile.rows for tile in choices.tiles], devices)
     for group, coefficients in itertools.product(choices.groups, choices.coefficients):
-        pair = jnp.asarray(LINEAR if coefficients is None else coefficients, jnp.float16)
-        base = quantize_base(W, inputs, outputs, pair.astype(jnp.float32), group, config)
-        residual = W - base.dense
-        cost = float(nats(residual, inputs.H, outputs.G))
+        stored = jnp.asarray(LINEAR if coefficients is None else coefficients, jnp.float16)
+        pair = stored.astype(jnp.float32)
+        bases = [quantize_base(p.W, p.inputs, p.outputs, pair, group, config) for p in parts]
+        residuals = [p.W - base.dense for p, base in zip(parts, bases, strict=True)]
+        cost = total_nats(parts, residuals)
         for tile in choices.tiles:
             if tile not in gains:
-                gains[tile] = _gains(residual, inputs, outputs, tile)
+                found = [_gains(p, E, tile) for p, E in zip(parts, residuals, strict=True)]
+                gains[tile] = np.array(list(itertools.chain(*jax.device_get(found))))
             first = options[0].nats if options else cost
             options.append(
                 Option(
@@ -122,13 +131,12 @@ def measure_options(
     return options
 
 
-def _gains(residual: Array, inputs: InputMetric, outputs: OutputMetric, tile: TileShape) -> np.ndarray:
+def _gains(part: RowPart, residual: Array, tile: TileShape) -> list[list[Array]]:
     """What each rank of each tile would gain, in the unit of `nats`, whatever metric the sidecar will be
     fitted in."""
-    n, k = residual.shape
-    G = tile_blocks(outputs.G, min(tile.rows, n), n)
-    narrowest = min(b - a for a, b in tile_spans(k, tile.columns))
-    return rank_gains(residual, inputs.H, G, tile.columns, min(MAX_RANK, G.shape[1], narrowest))
+    G = tile_blocks(part.outputs.G, tile.rows, len(residual))
+    narrowest = min(b - a for a, b in tile_spans(residual.shape[1], tile.columns))
+    return rank_gains(residual, part.inputs.H, G, tile.columns, min(MAX_RANK, G.shape[1], narrowest))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -229,6 +237,7 @@ def plan_model(
     recipe: str,
     dtype: DTypeLike,
     work: Path | None = None,
+    groups: DeviceGroups | None = None,
     on_progress: OnProgress | None = None,
 ) -> Plan:
     """Group size and ranks of every linear, by predicted nats per byte over the whole model.
@@ -241,6 +250,7 @@ def plan_model(
         dtype: that weights are read in.
         work: folder that keeps what is measured of each layer; what is there from an earlier run of the same
             source, statistics and recipe is not measured again. Without it nothing is kept.
+        groups: devices to measure on; default those of no particular mesh.
         on_progress: called after each layer.
 
     Raises:
@@ -248,18 +258,23 @@ def plan_model(
     """
     if config.bits is None:
         return Plan(recipe=recipe, config=config, tensors=fixed_plans(source.config, config))
-    options: dict[str, list[Option]] = {}
     layers = source.config.num_layers
-    for index in range(layers):
-        path = None if work is None else options_file(work, index, "plan")
-        measured = None if path is None else read_options(path)
-        if measured is None:
-            measured = layer_options(source, statistics, index, drafted(config), Choices.of(config), dtype)
-            if path is not None:
-                write_options(path, measured)
-        options |= measured
+
+    def measure(index: int, devices: Devices) -> dict[str, list[Option]]:
+        choices = Choices.of(config)
+        return layer_options(source, statistics, index, drafted(config), choices, dtype, devices)
+
+    def report(done: int) -> None:
         if on_progress:
-            on_progress(Progress(stage="plan", layer=index + 1, layers=layers))
+            on_progress(Progress(stage="plan", layer=done, layers=layers))
+
+    options = measured_options(
+        layers,
+        lambda index: None if work is None else options_file(work, index, "plan"),
+        measure,
+        groups or DeviceGroups.of(),
+        report,
+    )
     chosen = spend(options, config)
     return Plan(recipe=recipe, config=config, tensors=chosen.plans, predicted_nats=chosen.nats)
 
@@ -271,13 +286,14 @@ def layer_options(
     config: QuantConfig,
     choices: Choices,
     dtype: DTypeLike,
+    devices: Devices = (),
 ) -> dict[str, list[Option]]:
     """The options of each linear of a layer, by full path."""
     parameters = source.layer(index, dtype)
     metrics = layer_metrics(statistics, index, parameters, config)
     return {
         f"layers.{index}.{name}": measure_options(
-            jnp.asarray(parameters[f"{name}.weight"], jnp.float32), metrics[name], config, choices
+            jnp.asarray(parameters[f"{name}.weight"], jnp.float32), metrics[name], config, choices, devices
         )
         for name in QUANTIZED_LINEARS
     }

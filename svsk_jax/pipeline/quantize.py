@@ -2,12 +2,13 @@
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from pallas_kernels.svsk_matmul import Int8Weight
@@ -15,17 +16,21 @@ from svsk_jax.calibration.config import CalibrationConfig
 from svsk_jax.calibration.store import Statistics
 from svsk_jax.model.parameters import QUANTIZED_LINEARS, parameter_shapes
 from svsk_jax.model.source import ModelSource
+from svsk_jax.parallel.distributed import agree, barrier, is_lead
+from svsk_jax.parallel.groups import DeviceGroups
 from svsk_jax.pipeline.calibrate import calibrate
 from svsk_jax.pipeline.checks import check_weight, default_dtype, refuse_packed, require_space
 from svsk_jax.pipeline.identity import run_identity
+from svsk_jax.pipeline.layers import LayerTotals, named, nbytes, quantize_layers
 from svsk_jax.pipeline.metadata import origin
 from svsk_jax.pipeline.plan import Plan, plan_model
 from svsk_jax.pipeline.polish import polish
 from svsk_jax.pipeline.progress import OnProgress, Progress, Stopwatch, geometric_mean
 from svsk_jax.pipeline.quantize_layer import layer_errors, quantize_layer
-from svsk_jax.pipeline.run import discard, run_folder, unfinished_run
+from svsk_jax.pipeline.run import Run, discard, run_folder, unfinished_run
 from svsk_jax.quant.budget import Budget, predict
 from svsk_jax.quant.int8 import quantize_int8
+from svsk_jax.quant.row_parts import Devices
 from svsk_jax.quant.types import QuantConfig
 from svsk_jax.storage.atomic import recover
 from svsk_jax.storage.checkpoint import ModelWriter, SavedModel, StoredLayer, is_saved_model
@@ -74,6 +79,7 @@ def quantize(
     overwrite: bool = False,
     resume: bool = False,
     dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
     on_progress: OnProgress | None = None,
 ) -> QuantizeResult:
     """Quantize a model into the folder `output`, layer by layer.
@@ -94,6 +100,9 @@ def quantize(
         resume: go on with an unfinished run of the same model, text, recipe and versions, if there is one. A
             finished one is left as it is.
         dtype: of the calibration passes; default f32 on CPU, bf16 elsewhere.
+        mesh: `data` × `model` devices. Layers are divided over `data`, and of each its linears' rows over
+            `model`; that changes no byte. Default: calibrates on all devices along `data`, quantizes as
+            `DeviceGroups.of` has it.
         on_progress: called after each layer of each stage.
 
     Raises:
@@ -112,20 +121,24 @@ def quantize(
         statistics.check_model(source.fingerprint(), source.description)
     identity = run_identity(source, config, statistics or calibration, recipe=recipe, dtype=dtype)
     budget = predict(parameter_shapes(source.config), QUANTIZED_LINEARS, settings)
-    with locked(output):
-        recover(output)
-        if resume and (finished := _finished(output, identity, budget)):
-            return finished
-        with unfinished_run(output, identity, overwrite=overwrite, resume=resume) as run:
-            require_space(output, budget.total_bytes - _files_bytes(run.model.folder))
+    groups = DeviceGroups.of(mesh)
+    with locked(output) if is_lead() else nullcontext():
+        if is_lead():
+            recover(output)
+        if resume and agree(lambda: _finished(output, identity, budget) is not None):
+            return _result(output, budget)
+        with _shared_run(output, identity, overwrite=overwrite, resume=resume) as run:
+            if is_lead():
+                require_space(output, budget.total_bytes - _files_bytes(run.model.folder))
             if statistics is None:
-                if not run.has_statistics:
+                if not agree(lambda: run.has_statistics):
                     manifest = calibrate(
                         source,
                         run.statistics,
                         calibration,
                         dtype=dtype,
                         keep_text=run.text,
+                        mesh=mesh,
                         on_progress=on_progress,
                     )
                     watch.seconds |= manifest["seconds"]
@@ -136,7 +149,7 @@ def quantize(
             outer = source.outer(dtype)
             refuse_packed(source, outer)
             watch.lap("load")
-            stored_outer = _store_outer(outer, settings)
+            stored_outer = _store_outer(outer, settings) if is_lead() else {}
             del outer
             watch.lap("quantize")
             if isinstance(config, Plan):
@@ -149,92 +162,86 @@ def quantize(
                     recipe=recipe,
                     dtype=dtype,
                     work=run.options,
+                    groups=groups,
                     on_progress=on_progress,
                 )
             watch.lap("plan")
-            totals = _Totals(total_bytes=_nbytes(stored_outer))
-            drafts: list[dict[str, Any]] = []
+
+            def layer_of(index: int, devices: Devices) -> StoredLayer:
+                return quantize_layer(source.layer(index, dtype), statistics, index, plan, devices)
+
+            layers = source.config.num_layers
+            totals: dict[int, LayerTotals] = {}
+            drafts: dict[int, dict[str, Any]] = {}
             writer = run.drafts if settings.polish else run.model
-            for index in range(source.config.num_layers):
-                layer = writer.read(index)
-                watch.lap("load")
-                if layer is None:
-                    parameters = source.layer(index, dtype)
-                    watch.lap("load")
-                    layer = quantize_layer(parameters, statistics, index, plan)
-                    watch.lap("quantize")
-                    writer.layer(index, layer.parameters, layer.errors, layer.predicted_nats)
-                    watch.lap("write")
-                totals.add(index, layer)
+            for index, layer in quantize_layers(writer, run.handover, layers, layer_of, groups):
+                totals[index] = LayerTotals.of(index, layer)
                 if settings.polish:
-                    drafts.append(layer.parameters)
+                    drafts[index] = layer.parameters
+                watch.lap("quantize")
                 if on_progress:
-                    mean = geometric_mean(list(totals.errors.values()))
-                    layers = source.config.num_layers
-                    on_progress(Progress(stage="quantize", layer=index + 1, layers=layers, error=mean))
-            if settings.polish:
-                totals.errors |= _polished_errors(
-                    run.model, source, drafts, statistics, settings.polish, dtype, on_progress
+                    so_far = [error for each in totals.values() for error in each.errors.values()]
+                    mean = geometric_mean(so_far)
+                    on_progress(Progress(stage="quantize", layer=len(totals), layers=layers, error=mean))
+            if is_lead():
+                whole = [totals[index] for index in range(layers)]
+                errors = {name: error for each in whole for name, error in each.errors.items()}
+                if settings.polish:
+                    in_order = [drafts[index] for index in range(layers)]
+                    errors |= _polished_errors(
+                        run.model, source, in_order, statistics, settings.polish, dtype, on_progress
+                    )
+                    watch.lap("polish")
+                actual = dataclasses.replace(
+                    budget,
+                    linear_bytes=sum(each.linear_bytes for each in whole),
+                    total_bytes=nbytes(stored_outer) + sum(each.total_bytes for each in whole),
                 )
-                watch.lap("polish")
-            actual = dataclasses.replace(
-                budget, linear_bytes=totals.linear_bytes, total_bytes=totals.total_bytes
-            )
-            known = statistics.has_sensitivity and settings.needs_sensitivity
-            predicted = totals.predicted_nats if known else None
-            metadata = {
-                "recipe": recipe,
-                "quant_config": dataclasses.asdict(settings),
-                "calibration": dict(statistics.manifest["text"]),
-                "bits": {"decoder_linears": actual.linear_bits, "whole_file": actual.total_bits},
-                "bytes": {"decoder_linears": actual.linear_bytes, "whole_file": actual.total_bytes},
-                "predicted_nats": predicted,
-                "run": identity,
-                **origin(source),
-            }
-            run.model.outer(stored_outer, source, metadata)
-            run.finish()
-            watch.lap("write")
-    return QuantizeResult(
-        output=output,
-        budget=actual,
-        errors=totals.errors,
-        predicted_nats=predicted,
-        seconds=watch.seconds,
-    )
+                known = statistics.has_sensitivity and settings.needs_sensitivity
+                predicted = sum(each.predicted_nats for each in whole) if known else None
+                metadata = {
+                    "recipe": recipe,
+                    "quant_config": dataclasses.asdict(settings),
+                    "calibration": dict(statistics.manifest["text"]),
+                    "bits": {"decoder_linears": actual.linear_bits, "whole_file": actual.total_bits},
+                    "bytes": {"decoder_linears": actual.linear_bytes, "whole_file": actual.total_bytes},
+                    "predicted_nats": predicted,
+                    "run": identity,
+                    **origin(source),
+                }
+                run.model.outer(stored_outer, source, metadata)
+                run.finish()
+                watch.lap("write")
+            barrier()
+    return dataclasses.replace(_result(output, budget), seconds=watch.seconds)
 
 
-@dataclasses.dataclass(kw_only=True)
-class _Totals:
-    """Sums over the layers so far."""
-
-    total_bytes: int
-    linear_bytes: int = 0
-    predicted_nats: float = 0.0
-    errors: dict[str, float] = dataclasses.field(default_factory=dict)
-
-    def add(self, index: int, layer: StoredLayer) -> None:
-        self.errors |= _named(index, layer.errors)
-        self.predicted_nats += layer.predicted_nats
-        self.linear_bytes += sum(layer.parameters[f"{name}.weight"].nbytes for name in QUANTIZED_LINEARS)
-        self.total_bytes += _nbytes(layer.parameters)
-
-
-def _named(index: int, errors: Mapping[str, float]) -> dict[str, float]:
-    return {f"layers.{index}.{name}": error for name, error in errors.items()}
+@contextmanager
+def _shared_run(output: Path, identity: Mapping[str, Any], *, overwrite: bool, resume: bool) -> Iterator[Run]:
+    """The lead's `unfinished_run`, for every process."""
+    if not is_lead():
+        barrier()
+        yield Run(output)
+        return
+    with unfinished_run(output, identity, overwrite=overwrite, resume=resume) as run:
+        barrier()
+        yield run
 
 
 def _finished(output: Path, identity: Mapping[str, Any], budget: Budget) -> QuantizeResult | None:
     """The result of this very run, if it had finished; what its end left to remove is removed."""
-    if not is_saved_model(output):
-        return None
-    saved = SavedModel(output)
-    if saved.metadata.get("run") != identity:
+    if not is_saved_model(output) or SavedModel(output).metadata.get("run") != identity:
         return None
     discard(run_folder(output))
+    return _result(output, budget)
+
+
+def _result(output: Path, budget: Budget) -> QuantizeResult:
+    """What a finished run's metadata say."""
+    saved = SavedModel(output)
     errors: dict[str, float] = {}
     for index in range(saved.config.num_layers):
-        errors |= _named(index, saved.layer_metadata(index)["errors"])
+        errors |= named(index, saved.layer_metadata(index)["errors"])
     stored = saved.metadata["bytes"]
     return QuantizeResult(
         output=output,
@@ -262,13 +269,13 @@ def _polished_errors(
     if all(stored):
         for index, layer in enumerate(stored):
             assert layer is not None
-            errors |= _named(index, layer.errors)
+            errors |= named(index, layer.errors)
         return errors
     # Two polishes of one model may differ in their last bits: all layers come from the same one.
     writer.clear()
     for index, layer in enumerate(polish(source, drafts, statistics.tokens(), steps, dtype, on_progress)):
         found = layer_errors(source.layer(index, dtype), layer, statistics.layer(index))
-        errors |= _named(index, found)
+        errors |= named(index, found)
         writer.layer(index, layer, found)
     return errors
 
@@ -325,7 +332,3 @@ def _store_outer(outer: dict[str, Any], config: QuantConfig) -> dict[str, Any]:
         return quantize_embedding(value) if config.embedding == "int8" else jnp.asarray(value, jnp.bfloat16)
 
     return {path: form(path, value) for path, value in outer.items()}
-
-
-def _nbytes(parameters: dict[str, Any]) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(parameters))

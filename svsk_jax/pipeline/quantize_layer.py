@@ -14,13 +14,15 @@ from svsk_jax.pipeline.plan import Plan, layer_metrics
 from svsk_jax.quant.error import layer_error
 from svsk_jax.quant.joint import quantize_joint
 from svsk_jax.quant.linear import quantize_linear
+from svsk_jax.quant.row_parts import Devices
 from svsk_jax.storage.checkpoint import StoredLayer
 
 
 def quantize_layer(
-    parameters: Mapping[str, Any], statistics: Statistics, index: int, plan: Plan
+    parameters: Mapping[str, Any], statistics: Statistics, index: int, plan: Plan, devices: Devices = ()
 ) -> StoredLayer:
-    """A layer as it is stored: its linears packed as the plan says, its vectors f32."""
+    """A layer as it is stored: its linears packed as the plan says, its vectors f32. The rows of each linear
+    are divided over `devices`, where the recipe is a strong one."""
     linears = {f"{name}.weight": name for name in QUANTIZED_LINEARS}
     stored: dict[str, Any] = {
         path: jnp.asarray(value, jnp.float32) for path, value in parameters.items() if path not in linears
@@ -34,9 +36,8 @@ def quantize_layer(
         dense = check_weight(jnp.asarray(parameters[path], jnp.float32), f"layers.{index}.{path}")
         moment = moments[LINEAR_INPUTS[name]]
         if strong:
-            result = quantize_joint(
-                dense, *metrics[name], plan.tensors[f"layers.{index}.{name}"], plan.config
-            )
+            of_tensor = plan.tensors[f"layers.{index}.{name}"]
+            result = quantize_joint(dense, *metrics[name], of_tensor, plan.config, devices)
             stored[path], restored = result.weight, result.restored
             predicted += result.nats
         else:

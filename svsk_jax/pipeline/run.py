@@ -4,6 +4,7 @@
 .<output>.unfinished/text.safetensors    chunks of calibration text
 .<output>.unfinished/statistics          what calibration measured, once it is complete
 .<output>.unfinished/options             options of each layer's linears
+.<output>.unfinished/handover            layers that other processes quantized, until they are stored
 .<output>.unfinished/drafts              layers before polish, where there is any
 .<output>.unfinished/model               what takes the output's name at the end
 """
@@ -19,6 +20,7 @@ from svsk_jax.calibration.store import MANIFEST
 from svsk_jax.pipeline.identity import differences
 from svsk_jax.storage.atomic import check_output, place, write_json
 from svsk_jax.storage.checkpoint import MARKER, ModelWriter
+from svsk_jax.storage.handover import Handover
 
 IDENTITY = "run.json"
 KEPT = "what is finished is kept"
@@ -34,6 +36,7 @@ class Run:
         self.text = self.folder / "text.safetensors"
         self.statistics = self.folder / "statistics"
         self.options = self.folder / "options"
+        self.handover = Handover(self.folder / "handover")
         self.drafts = ModelWriter(self.folder / "drafts")
         self.model = ModelWriter(self.folder / "model")
 

@@ -2,6 +2,7 @@
 again."""
 
 import dataclasses
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -21,8 +22,17 @@ from svsk_jax.quant.metric import (
     shrink_to_diagonal,
     shrink_to_identity,
 )
+from svsk_jax.quant.row_parts import (
+    Devices,
+    InputMetric,
+    OutputMetric,
+    RowPart,
+    gathered,
+    row_parts,
+    total_nats,
+)
 from svsk_jax.quant.scale_search import imatrix_importance, search_two_level
-from svsk_jax.quant.sidecar_fit import fit_tiles, to_sidecar
+from svsk_jax.quant.sidecar_fit import TileFactors, cut, fit_tiles, to_sidecar
 from svsk_jax.quant.types import (
     SENSITIVITY_TILE,
     InputMoment,
@@ -33,24 +43,6 @@ from svsk_jax.quant.types import (
 )
 
 _pack_codes, _pack_int6 = jax.jit(pack_codes), jax.jit(pack_int6)
-
-
-class InputMetric(NamedTuple):
-    """H of a linear's input, and what error feedback needs of it (`metric.inverse_factor`)."""
-
-    H: Float[Array, "k k"]
-    order: Int[Array, "k"]
-    factor: Float[Array, "k k"]
-
-
-class OutputMetric(NamedTuple):
-    """Blocks of G of a linear's output, and what feedback across rows, if the recipe has it, needs of
-    them."""
-
-    G: Float[Array, "t m m"]
-    order: Int[Array, "t m"] | None = None
-    factor: Float[Array, "t m m"] | None = None
-    """The last tile's rows that don't exist come last in its order, with an identity for a factor."""
 
 
 class Base(NamedTuple):
@@ -189,13 +181,28 @@ class Quantized(NamedTuple):
     nats: float
 
 
+def _fit(
+    part: RowPart, base: Base, plan: TensorPlan, config: QuantConfig
+) -> tuple[list[list[TileFactors]], Float[Array, "n k"]]:
+    """The sidecar's factors of a part's tiles, and what they restore."""
+    G = tile_blocks(fit_metric(part.outputs, config), plan.tile.rows, len(part.W))
+    ranks = plan.ranks[part.start // plan.tile.rows :]
+    return fit_tiles(part.W - base.dense, part.inputs.H, G, ranks, plan.tile.columns)
+
+
 def quantize_joint(
-    W: Float[Array, "n k"], inputs: InputMetric, outputs: OutputMetric, plan: TensorPlan, config: QuantConfig
+    W: Float[Array, "n k"],
+    inputs: InputMetric,
+    outputs: OutputMetric,
+    plan: TensorPlan,
+    config: QuantConfig,
+    devices: Devices = (),
 ) -> Quantized:
     """Q ← base(W); then S ← fit(W - Q), and for each joint round Q ← base(W - S), S ← fit(W - Q); the best
     (Q, S) in tr(G E H Eᵀ), as stored, is kept. Several beams are followed in the last round alone.
 
-    A pure function: the same input gives the same bytes.
+    A pure function: the same input gives the same bytes. Rows are divided over `devices` in whole tiles,
+    which changes no byte; the result lies on the first.
     """
     pair = LINEAR if plan.coefficients is None else plan.coefficients
     stored = jnp.asarray(pair, jnp.float16)
@@ -203,21 +210,27 @@ def quantize_joint(
     rounds = config.joint_rounds if plan.has_sidecar else 0
     # Only what is kept need be rounded with all care.
     draft = dataclasses.replace(config, beam_width=1) if rounds else config
-    base = quantize_base(W, inputs, outputs, coefficients, plan.group, draft)
-    base_nats = nats(W - base.dense, inputs.H, outputs.G)
-    best = (base_nats, base, None, base.dense)
+    parts = row_parts(W, inputs, outputs, (plan.tile.rows,), devices)
+    bases = [quantize_base(p.W, p.inputs, p.outputs, coefficients, plan.group, draft) for p in parts]
+    base_nats = total_nats(parts, [p.W - base.dense for p, base in zip(parts, bases, strict=True)])
+    best = (base_nats, bases, None, [base.dense for base in bases])
     if plan.has_sidecar:
-        G = tile_blocks(fit_metric(outputs, config), min(plan.tile.rows, W.shape[0]), W.shape[0])
-        best = (jnp.inf, base, None, base.dense)
+        best = (math.inf, *best[1:])
         for turn in range(1 + rounds):
             if turn:
                 careful = config if turn == rounds else draft
-                base = quantize_base(W - S, inputs, outputs, coefficients, plan.group, careful)
-            factors, S = fit_tiles(W - base.dense, inputs.H, G, plan.ranks, plan.tile.columns)
-            cost = nats(W - base.dense - S, inputs.H, outputs.G)
+                bases = [
+                    quantize_base(p.W - S, p.inputs, p.outputs, coefficients, plan.group, careful)
+                    for p, (_, S) in zip(parts, fits, strict=True)
+                ]
+            fits = [_fit(p, base, plan, config) for p, base in zip(parts, bases, strict=True)]
+            restored = [base.dense + S for base, (_, S) in zip(bases, fits, strict=True)]
+            left = [p.W - base.dense - S for p, base, (_, S) in zip(parts, bases, fits, strict=True)]
+            cost = total_nats(parts, left)
             if cost < best[0]:
-                best = (cost, base, factors, base.dense + S)
-    cost, base, factors, restored = best
+                best = (cost, bases, [row for factors, _ in fits for row in factors], restored)
+    cost, bases, factors, restored = best
+    base = Base(*(jnp.concatenate(each) for each in zip(*gathered(bases), strict=True)))
     tile = (plan.tile.rows, plan.tile.columns)
     shape = (W.shape[0], W.shape[1])
     weight = SVSKWeight(
@@ -225,8 +238,8 @@ def quantize_joint(
         scales=_pack_int6(base.integers),
         super_scales=base.super_scales,
         coefficients=None if plan.coefficients is None else stored,
-        sidecar=None if factors is None else to_sidecar(factors, shape, tile),
+        sidecar=None if factors is None else to_sidecar(cut(factors, plan.ranks), shape, tile),
         shape=shape,
         group=plan.group,
     )
-    return Quantized(weight, restored, float(base_nats), float(cost))
+    return Quantized(weight, jnp.concatenate(gathered(restored)), base_nats, cost)

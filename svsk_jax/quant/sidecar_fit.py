@@ -33,10 +33,16 @@ class TileFactors(NamedTuple):
     v: Int8[Array | np.ndarray, "r c"]
     scale: Float[Array | np.ndarray, "r"]
 
-    def cut(self, rank: int) -> "TileFactors":
-        """The first `rank` ranks, in host memory: every shape would be compiled for otherwise."""
-        u, v, scale = jax.device_get(self)
-        return TileFactors(u[:, :rank], v[:rank], scale[:rank])
+
+def cut(factors: Sequence[Sequence[TileFactors]], ranks: Sequence[Sequence[int]]) -> list[list[TileFactors]]:
+    """The first ranks of each tile, in host memory: every shape would be compiled for otherwise."""
+    return [
+        [
+            TileFactors(u[:, :rank], v[:rank], scale[:rank])
+            for (u, v, scale), rank in zip(row, of_row, strict=True)
+        ]
+        for row, of_row in zip(jax.device_get(factors), ranks, strict=True)
+    ]
 
 
 def _rows_to_int8(V: Float[Array, "r c"]) -> tuple[Int8[Array, "r c"], Float[Array, "r"]]:
@@ -132,7 +138,8 @@ def fit_tiles(
         coupled: whether column tiles make up for one another.
 
     Returns:
-        The factors by row tile, then column tile, and S [N, K] as they restore it.
+        The factors by row tile, then column tile, as wide as they were compiled for (`cut`), and S [N, K] as
+        they restore it. Nothing waits for them.
     """
     n, k = E.shape
     spans = tile_spans(k, columns)
@@ -153,7 +160,7 @@ def fit_tiles(
                         target = _coupled_target(others, H[:, a:b], factors[j], target)
                     width = next(width for width in WIDTHS if width >= ranks[i][j])
                     found, part = _fit_tile(target, block, factors[j], R, ranks[i][j], width)
-                    row[j], S = found.cut(ranks[i][j]), S.at[:, a:b].set(part)
+                    row[j], S = found, S.at[:, a:b].set(part)
         stored.append(row)
         restored.append(S)
     return stored, jnp.concatenate(restored)
@@ -167,17 +174,16 @@ def _none(rows: Float[Array, "m k"], spans: Sequence[tuple[int, int]]) -> list[T
 
 def rank_gains(
     E: Float[Array, "n k"], H: Float[Array, "k k"], G: Float[Array, "t m m"], columns: int, width: int
-) -> Float[np.ndarray, "t j {width}"]:
-    """½ σ² of the leading singular values of Rᵀ E L in each tile, falling: the nats that each rank is
-    predicted to gain, G = R Rᵀ and H = L Lᵀ. Found as eigenvalues of Rᵀ E H Eᵀ R."""
-    gains = [
+) -> list[list[Float[Array, "{width}"]]]:
+    """½ σ² of the leading singular values of Rᵀ E L, falling, by row tile, then column tile: the nats that
+    each rank is predicted to gain, G = R Rᵀ and H = L Lᵀ. Found as eigenvalues of Rᵀ E H Eᵀ R."""
+    return [
         [
             _tile_gains(E[start:stop, a:b], H[a:b, a:b], G[i, : stop - start, : stop - start], width)
             for a, b in tile_spans(E.shape[1], columns)
         ]
         for i, (start, stop) in enumerate(tile_spans(E.shape[0], G.shape[1]))
     ]
-    return np.array(jax.device_get(gains))
 
 
 @functools.partial(jax.jit, static_argnames="width")

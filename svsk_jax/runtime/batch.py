@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.svsk_matmul.layout import ceil_div
 from svsk_jax.model.fused_step import LARGEST_BATCH, batch_bucket
 from svsk_jax.runtime.detokenize import Detokenizer
 from svsk_jax.runtime.generate import GenerationResult, TextGenerator
@@ -25,10 +26,10 @@ def generate_batch(
 ) -> list[GenerationResult]:
     """Continue several prompts, each as `generator.generate` continues it alone, up to rounding.
 
-    Where the model runs by the fused step, up to 64 texts take each step together; elsewhere they come one
-    after another. `tokens_per_second` of a result counts its own tokens over the time of its whole group.
-    All draw with the same seed: equal prompts give equal texts. Each of the step's 1, 8, 16, 32 or 64 places
-    holds a cache of the generator's capacity.
+    Where the model runs by the fused step, up to 64 texts take each step together, on each copy of a model
+    over a mesh; elsewhere they come one after another. `tokens_per_second` of a result counts its own tokens
+    over the time of its whole group. All draw with the same seed: equal prompts give equal texts. Each of the
+    step's 1, 8, 16, 32 or 64 places holds a cache of the generator's capacity.
 
     Raises:
         ValueError: as `TextGenerator.stream`, with the number of the first prompt that is wrong.
@@ -43,8 +44,9 @@ def generate_batch(
     if not generator.fused:
         return [generator.generate(prompt, max_tokens=max_tokens, sampling=sampling) for prompt in prompts]
     results: list[GenerationResult] = []
-    for start in range(0, len(prompts), LARGEST_BATCH):
-        group = slice(start, start + LARGEST_BATCH)
+    most = LARGEST_BATCH * generator.copies
+    for start in range(0, len(prompts), most):
+        group = slice(start, start + most)
         results += _group(generator, prompts[group], budgets[group], sampling)
     return results
 
@@ -84,7 +86,7 @@ def _group(
     for index, (prompt, budget) in enumerate(zip(prompts, budgets, strict=True)):
         seconds, tokens, state = generator.prefill(prompt, sampling)
         if together is None:
-            together = _empty(state, batch_bucket(len(prompts)))
+            together = _empty(state, _places(len(prompts), generator.copies))
         together = _placed(together, state, jnp.int32(index))
         texts.append(_Text(prompt, budget, seconds))
         texts[-1].take(np.asarray(tokens)[:, 0].tolist(), generator.stop_ids)
@@ -116,10 +118,16 @@ def _result(generator: TextGenerator, text: _Text, seconds: float) -> Generation
     )
 
 
-@partial(jax.jit, static_argnames="batch")
+def _places(texts: int, copies: int) -> int:
+    """Of a step for some texts, as many for each copy of the model; one for all where there is one text."""
+    return 1 if texts == 1 else copies * batch_bucket(ceil_div(texts, copies))
+
+
 def _empty(state: State, batch: int) -> State:
-    """Room for `batch` texts like the one of a state."""
-    return jax.tree.map(lambda leaf: jnp.zeros((batch, *leaf.shape[1:]), leaf.dtype), state)
+    """Room for `batch` texts like the one of a state, divided over the devices as it is."""
+    return jax.tree.map(
+        lambda leaf: jnp.zeros((batch, *leaf.shape[1:]), leaf.dtype, device=leaf.sharding), state
+    )
 
 
 @partial(jax.jit, donate_argnames="together")

@@ -13,8 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from svsk_jax.model import Decoder
 from svsk_jax.model.fused_step import why_not_fused
+from svsk_jax.parallel import DATA
+from svsk_jax.parallel.decoder import ParallelDecoder
 from svsk_jax.runtime import steps
 from svsk_jax.runtime.detokenize import Detokenizer
+from svsk_jax.runtime.on_mesh import prefill_on_mesh, step_on_mesh
 from svsk_jax.runtime.sampling import SamplingConfig
 
 DEFAULT_CAPACITY = 4096
@@ -67,7 +70,7 @@ class TextGenerator:
     """Generates from one model with one tokenizer, a text at a time; several with `batch.generate_batch`.
 
     Args:
-        model: dense or packed.
+        model: dense or packed, on one device or over a mesh.
         tokenizer: the model's.
         stop_ids: ids that end a text (`chat.stop_ids`).
         capacity: positions of prompt and text together, each of which costs cache memory; default: the
@@ -75,6 +78,7 @@ class TextGenerator:
 
     Attributes:
         fused: whether tokens come by the decode step of few kernels, in bursts.
+        copies: of the model, which may take different texts: the size of the mesh's `data` axis.
 
     Raises:
         ValueError: a capacity below 2 or above the model's context.
@@ -82,7 +86,7 @@ class TextGenerator:
 
     def __init__(
         self,
-        model: Decoder,
+        model: Decoder | ParallelDecoder,
         tokenizer: PreTrainedTokenizerBase,
         *,
         stop_ids: Collection[int] = (),
@@ -97,16 +101,20 @@ class TextGenerator:
         self.tokenizer = tokenizer
         self.stop_ids = frozenset(stop_ids)
         self.config = model.config
+        here = model.shares if isinstance(model, ParallelDecoder) else model
         # Flattened once: taking a module apart in Python costs more than a step of a small model.
-        self._leaves, structure = jax.tree.flatten(model)
-        self.fused = why_not_fused(model) is None
+        self._leaves, structure = jax.tree.flatten(here)
+        self.fused = why_not_fused(here) is None
+        self.copies = 1
         slots = steps.slots_for(self.capacity) if self.fused else self.capacity
-        self._prefill = jax.jit(partial(steps.prefill, structure, slots))
-        if self.fused:
-            step = partial(steps.fused_steps, structure)
-            self._step = jax.jit(step, donate_argnames="state", static_argnames="greedy")
-        else:
-            self._step = jax.jit(partial(steps.step, structure), donate_argnames="state")
+        prefill = partial(steps.prefill, structure, slots)
+        step = partial(steps.fused_steps if self.fused else steps.step, structure)
+        if isinstance(model, ParallelDecoder):
+            self.copies = model.mesh.shape[DATA]
+            prefill, step = prefill_on_mesh(model.mesh, prefill), step_on_mesh(model.mesh, step)
+        self._prefill = jax.jit(prefill)
+        static = "greedy" if self.fused else None
+        self._step = jax.jit(step, donate_argnames="state", static_argnames=static)
 
     def stream(
         self, prompt_ids: Sequence[int], *, max_tokens: int = 256, sampling: SamplingConfig | None = None

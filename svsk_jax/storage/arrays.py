@@ -10,14 +10,23 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
+from svsk_jax.parallel.parameters import leaf_sharding
 from svsk_jax.storage.durable import rename, sync_tree
 from svsk_jax.storage.packing import abstract, describe, from_plain, to_plain
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    """One that does not wait for other processes: the first writes by itself, each reads by itself."""
+    here = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=here,
+        active_processes={here} if jax.process_count() > 1 else None,
+        barrier_sync_key_prefix=str(here),
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
 def save(path: Path, parameters: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
@@ -29,6 +38,9 @@ def save(path: Path, parameters: Mapping[str, Any], metadata: Mapping[str, Any])
         **metadata,
     }
     plain = {name: to_plain(value) for name, value in parameters.items()}
+    if jax.process_count() > 1:
+        # orbax takes a jax.Array there for a part of one that all processes hold.
+        plain = jax.tree.map(np.asarray, plain)
     staged = path.with_name(f".{path.name}")
     for left in path.parent.glob(f"{staged.name}*"):
         shutil.rmtree(left)
@@ -79,8 +91,8 @@ def restore(
         path: the checkpoint's folder.
         metadata: from `read_metadata`.
         names: which parameters; default all.
-        mesh: restore onto these devices, each array's rows divided over the mesh's first axis where they
-            divide; default one device.
+        mesh: restore onto these devices, divided as `parallel.parameters.leaf_sharding` says, however many
+            there were when it was saved; default one device.
 
     Raises:
         ValueError: files are missing or damaged. Damage that leaves them readable is not noticed: see
@@ -90,9 +102,10 @@ def restore(
     try:
         likes = {name: abstract(metadata["tensors"][name]) for name in wanted}
         plain = {name: to_plain(like) for name, like in likes.items()}
-        target = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_sharding(leaf, mesh)), plain
-        )
+        target = {
+            name: jax.tree.map(lambda leaf, name=name: _placed(leaf, name, mesh), each)
+            for name, each in plain.items()
+        }
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         with _checkpointer() as checkpointer:
             restored = checkpointer.restore(
@@ -125,9 +138,8 @@ def differing(parameters: Mapping[str, Any], metadata: Mapping[str, Any]) -> lis
     return [name for name, value in parameters.items() if sha256(value) != stored.get(name)]
 
 
-def _sharding(leaf: jax.ShapeDtypeStruct, mesh: Mesh | None) -> jax.sharding.Sharding:
-    if mesh is None:
-        return SingleDeviceSharding(jax.local_devices()[0])
-    axis = mesh.axis_names[0]
-    divides = leaf.ndim == 2 and leaf.shape[0] % mesh.shape[axis] == 0
-    return NamedSharding(mesh, PartitionSpec(axis) if divides else PartitionSpec())
+def _placed(leaf: jax.ShapeDtypeStruct, name: str, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
+    """The leaf of a parameter with the devices it is restored onto."""
+    one = SingleDeviceSharding(jax.local_devices()[0])
+    where = one if mesh is None else leaf_sharding(mesh, name, leaf)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)

@@ -67,7 +67,7 @@ def output_folder(output: Path, *, overwrite: bool, marker: str) -> Iterator[Pat
     with locked(output):
         recover(output)
         check_output(output, overwrite, marker)
-        partial = output.parent / f".{output.name}.partial"
+        partial = partial_folder(output)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
@@ -76,6 +76,12 @@ def output_folder(output: Path, *, overwrite: bool, marker: str) -> Iterator[Pat
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def partial_folder(output: Path) -> Path:
+    """Where `output_folder` has the folder while it is being made."""
+    output = output.absolute()
+    return output.parent / f".{output.name}.partial"
 
 
 def place(partial: Path, output: Path) -> None:

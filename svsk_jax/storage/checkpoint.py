@@ -138,8 +138,8 @@ class SavedModel:
 
     Args:
         folder: the model's folder.
-        mesh: restore onto these devices, each array's rows divided over the mesh's first axis where they
-            divide; default one device.
+        mesh: restore onto these devices, divided as `parallel.parameters.leaf_sharding` says, however many
+            it was saved from; default one device.
 
     Raises:
         ValueError: the folder holds no saved model, or one of another format.

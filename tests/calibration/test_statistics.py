@@ -1,14 +1,14 @@
 """Moments equal those of a plain computation, whatever the number of devices and the padding."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from svsk_jax.calibration import store
-from svsk_jax.calibration.statistics import data_mesh, embed_batches, layer_moments
+from svsk_jax.calibration.statistics import add_up, embed_batches, layer_moments, no_moments
 from svsk_jax.model import DecoderLayer
 from svsk_jax.model.parameters import LINEAR_INPUTS, layer_parameters, random_parameters
+from svsk_jax.parallel import make_mesh, sharding
 
 
 @pytest.fixture
@@ -18,11 +18,10 @@ def layer(tiny_config):
 
 def run(layer, embedding, ids, mesh, full):
     streams, masks = embed_batches(embedding, ids, 32, mesh)
-    moments = None
+    sums = no_moments(layer, streams[0], masks[0], mesh, full)
     for index, mask in enumerate(masks):
-        streams[index], found = layer_moments(layer, streams[index], mask, mesh, full)
-        moments = found if moments is None else {name: moments[name] + found[name] for name in found}
-    return np.concatenate([np.asarray(stream) for stream in streams])[: len(ids)], moments
+        streams[index], sums = layer_moments(layer, streams[index], mask, sums, mesh, full)
+    return np.concatenate([np.asarray(stream) for stream in streams])[: len(ids)], add_up(sums, mesh, full)
 
 
 def plain_inputs(layer, x):
@@ -42,7 +41,7 @@ def test_moments_against_float64(layer, tiny_config, full):
     rng = np.random.default_rng(0)
     embedding = rng.standard_normal((97, tiny_config.hidden_size)).astype(np.float32)
     ids = rng.integers(0, 97, (11, 16)).astype(np.int32)
-    stream, moments = run(layer, embedding, ids, data_mesh(), full)
+    stream, moments = run(layer, embedding, ids, make_mesh(), full)
     expected, inputs = plain_inputs(layer, jnp.asarray(embedding[ids]))
     np.testing.assert_allclose(stream, expected, rtol=1e-4, atol=1e-4)
     assert set(moments) == set(LINEAR_INPUTS.values())
@@ -56,25 +55,28 @@ def test_moments_against_float64(layer, tiny_config, full):
         )
 
 
-def test_one_device_and_eight_agree(layer, tiny_config):
+@pytest.mark.parametrize("full", [False, True])
+def test_one_device_and_any_mesh_agree(layer, tiny_config, full):
+    """Three devices do not divide the 88 rows of one of the moments."""
     rng = np.random.default_rng(1)
     embedding = rng.standard_normal((97, tiny_config.hidden_size)).astype(np.float32)
     ids = rng.integers(0, 97, (13, 16)).astype(np.int32)
-    assert data_mesh().size == 8
-    auto = jax.sharding.AxisType.Auto
-    alone = jax.make_mesh((1,), ("data",), axis_types=(auto,), devices=jax.local_devices()[:1])
-    stream, moments = run(layer, embedding, ids, data_mesh(), True)
-    lone_stream, lone_moments = run(layer, embedding, ids, alone, True)
-    np.testing.assert_allclose(stream, lone_stream, rtol=1e-5, atol=1e-5)
-    for name, moment in moments.items():
-        assert int(moment.tokens) == int(lone_moments[name].tokens)
-        alone_total = np.asarray(lone_moments[name].total)
-        np.testing.assert_allclose(np.asarray(moment.total), alone_total, rtol=1e-5, atol=1e-3)
+    lone_stream, lone_moments = run(layer, embedding, ids, make_mesh(1, 1), full)
+    for shape in ((8, 1), (2, 4), (2, 3)):
+        mesh = make_mesh(*shape)
+        stream, moments = run(layer, embedding, ids, mesh, full)
+        np.testing.assert_allclose(stream, lone_stream, rtol=1e-5, atol=1e-5)
+        for name, moment in moments.items():
+            assert int(moment.tokens) == int(lone_moments[name].tokens) == 13 * 16
+            alone_total = np.asarray(lone_moments[name].total)
+            np.testing.assert_allclose(np.asarray(moment.total), alone_total, rtol=1e-5, atol=1e-3)
+            if full and moment.total.shape[0] % shape[1] == 0:
+                assert moment.total.sharding.is_equivalent_to(sharding(mesh, "moment_rows", None), 2)
 
 
 def test_stored_statistics_come_back(layer, tiny_config, tmp_path):
     embedding = np.random.default_rng(2).standard_normal((97, tiny_config.hidden_size)).astype(np.float32)
-    _, moments = run(layer, embedding, np.zeros((8, 16), np.int32), data_mesh(), False)
+    _, moments = run(layer, embedding, np.zeros((8, 16), np.int32), make_mesh(), False)
     store.write_moments(tmp_path, 0, moments)
     store.finish(
         tmp_path, {"fingerprint": "abc", "model": "m", "text": {"moments": "diagonal", "fisher_chunks": 0}}

@@ -118,6 +118,17 @@ def test_generate_is_seeded(quantized, tmp_path, capsys):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_generate_over_a_mesh(quantized, capsys):
+    command = ["generate", "--model", quantized[0], "--prompt", "Hello", "--raw", "--max-tokens", 12]
+    texts = []
+    for more in ([], ["--mesh", "data=1,model=2"]):
+        assert svsk(*command, *more) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert svsk(*command, "--mesh", "data=1,model=4") == 2
+    assert "attention.k.weight" in capsys.readouterr().err.replace("\n", " ")
+
+
 def test_convert_is_lossless(checkpoint, tmp_path):
     assert svsk("convert", "--model", checkpoint, "--output", tmp_path / "dense", "--dtype", "float32") == 0
     assert svsk("export", "--model", tmp_path / "dense", "--output", tmp_path / "hf") == 0

@@ -178,7 +178,7 @@ def test_load_onto_a_mesh(tmp_path):
 
     write_gguf(tmp_path / "m.gguf", dataclasses.replace(CONFIG, num_layers=1))
     source = open_checkpoint(str(tmp_path / "m.gguf"))
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     tokens = jnp.arange(6, dtype=jnp.int32)[None]
     forward = jax.jit(lambda model, ids: model(ids))
     alone = load_decoder(source, jnp.float32)

@@ -8,6 +8,7 @@ from collections import Counter
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from benchmarks.speed.models import packed_parameters
 from pallas_kernels import aot
@@ -15,6 +16,9 @@ from svsk_jax.known_models import KNOWN
 from svsk_jax.model import Decoder, KVCache
 from svsk_jax.model.fused_step import fused_step
 from svsk_jax.model.laid_out import lay_out_parameters
+from svsk_jax.parallel import DATA, MODEL, sharding
+from svsk_jax.parallel.decoder import on_mesh
+from svsk_jax.parallel.parameters import config_of_share
 
 pytestmark = pytest.mark.skipif(
     bool(aot.what_is_missing()),
@@ -39,9 +43,9 @@ def moved(text):
     ]
 
 
-def abstract_step(lengths):
+def abstract_step(lengths, config=CONFIG):
     weights = jax.eval_shape(
-        lambda key: lay_out_parameters(packed_parameters(CONFIG, key)), jax.random.key(0)
+        lambda key: lay_out_parameters(packed_parameters(config, key)), jax.random.key(0)
     )
     batch = BATCH if lengths is None else lengths.shape[0]
     keys = jax.ShapeDtypeStruct((batch, 16, CONFIG.num_kv_heads, CONFIG.head_dim), jnp.bfloat16)
@@ -68,6 +72,53 @@ def test_the_decoder_as_it_is():
     check_nothing_large_moves(weights, text)
 
 
+def launches(text):
+    """How often each kernel is launched."""
+    return Counter(re.findall(r'name = "(svsk_\w+)"', text))
+
+
+def of_a_step(batch):
+    """Launches of the fused step's kernels."""
+    product = "svsk_decode" if batch == 1 else "svsk_rows"
+    of_a_layer = {product: 4, "svsk_residual": 2} | dict.fromkeys(
+        ("svsk_heads", "svsk_attend", "svsk_join", "svsk_gated"), 1
+    )
+    expected = {name: count * CONFIG.num_layers for name, count in of_a_layer.items()}
+    return expected | {"svsk_residual": expected["svsk_residual"] + 1, "svsk_int8": 1}
+
+
+@pytest.mark.parametrize("batch", [1, BATCH])
+def test_the_fused_step_over_two_devices(batch):
+    axes = ((DATA, 1), (MODEL, 2))
+    share = config_of_share(CONFIG, 2)
+    held = dataclasses.replace(share, vocab_size=CONFIG.vocab_size // 2)
+    tokens = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    weights, _ = abstract_step(tokens, held)
+
+    def fused(parameters, tokens, keys, values, lengths):
+        model = Decoder(share, parameters, jnp.bfloat16, axis=MODEL)
+        logits, keys, values = fused_step(model, tokens, keys, values, lengths)
+        return jnp.argmax(logits, axis=-1), keys, values
+
+    with aot.targeting("sm_90", axes) as mesh:
+        divided, heads = sharding(mesh, "heads"), sharding(mesh, "batch", None, "heads", None)
+        shares = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype, sharding=divided), weights
+        )
+        shape = (batch, 16, CONFIG.num_kv_heads, CONFIG.head_dim)
+        cache = (jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=heads),) * CONFIG.num_layers
+        step = on_mesh(mesh, fused, (P(), heads.spec, heads.spec, P()), (P(), heads.spec, heads.spec))
+    compiled, _ = aot.compile_for(step, (shares, tokens, cache, cache, tokens), "sm_90", axes)
+    text = compiled.as_text()
+    assert launches(text) == of_a_step(batch)
+    # A sum behind o and down, and one for the embedding; the logits are gathered.
+    assert len(re.findall(r" = .*? all-reduce-start\(", text)) == 2 * CONFIG.num_layers + 1
+    assert len(re.findall(r" = .*? all-gather-start\(", text)) == 1
+    # The parts of one token are summed as they are, by the devices' exchange alone.
+    assert batch > 1 or "loop_reduce_fusion" not in text
+    check_nothing_large_moves(weights, text)
+
+
 @pytest.mark.parametrize("batch", [1, BATCH])
 def test_the_fused_step(batch):
     tokens = jax.ShapeDtypeStruct((batch,), jnp.int32)
@@ -81,14 +132,7 @@ def test_the_fused_step(batch):
 
     compiled, kernels = aot.compile_for(fused, (weights, tokens, cache, cache, tokens), "sm_90")
     text = compiled.as_text()
-    launched = re.findall(r'name = "(svsk_\w+)"', text)
-    product = "svsk_decode" if batch == 1 else "svsk_rows"
-    of_a_layer = {product: 4, "svsk_residual": 2} | dict.fromkeys(
-        ("svsk_heads", "svsk_attend", "svsk_join", "svsk_gated"), 1
-    )
-    expected = {name: count * CONFIG.num_layers for name, count in of_a_layer.items()}
-    expected |= {"svsk_residual": expected["svsk_residual"] + 1, "svsk_int8": 1}
-    assert Counter(launched) == expected
+    assert launches(text) == of_a_step(batch)
     # Nothing else is launched for a layer: what remains looks tokens up, turns angles and takes the largest.
     assert len(re.findall(r" = .*? fusion\(", text)) <= 12
     spilled = {kernel.name: kernel.spilled_bytes for kernel in kernels if kernel.spilled_bytes > 32}

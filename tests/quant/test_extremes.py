@@ -8,7 +8,8 @@ import pytest
 
 from pallas_kernels.svsk_matmul import dequantize
 from svsk_jax.calibration import store
-from svsk_jax.calibration.statistics import data_mesh, embed_batches
+from svsk_jax.calibration.statistics import embed_batches
+from svsk_jax.parallel import make_mesh
 from svsk_jax.pipeline.checks import MAX_WEIGHT, check_weight
 from svsk_jax.quant.error import layer_error
 from svsk_jax.quant.joint import input_metric, plain_output_metric, quantize_joint
@@ -90,4 +91,4 @@ def test_activations_that_overflow_are_named(tmp_path, value):
 @pytest.mark.parametrize("token", [-1, 97])
 def test_a_token_without_a_row_is_named(token):
     with pytest.raises(ValueError, match="the embedding has 97 rows"):
-        embed_batches(np.ones((97, 8), np.float32), np.array([[0, token]]), 64, data_mesh())
+        embed_batches(np.ones((97, 8), np.float32), np.array([[0, token]]), 64, make_mesh())

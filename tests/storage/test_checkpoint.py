@@ -10,10 +10,12 @@ from support import MemorySource
 
 from convert.load import load_decoder
 from pallas_kernels.svsk_matmul import Sidecar
+from svsk_jax.parallel import make_mesh
 from svsk_jax.quant.int8 import quantize_int8
 from svsk_jax.quant.linear import quantize_linear
 from svsk_jax.quant.types import InputMoment, QuantConfig, SVSKWeight, TileShape
 from svsk_jax.storage import SavedModel, writing
+from svsk_jax.storage.arrays import differing
 from svsk_jax.storage.atomic import output_folder, write_json
 from svsk_jax.storage.checkpoint import MARKER
 from svsk_jax.storage.packing import abstract, describe
@@ -107,6 +109,31 @@ def test_round_trip_on_one_and_on_eight_devices(saved):
         assert len(codes.sharding.device_set) == (1 if where is None else 8)
         logits.append(np.asarray(run(load_decoder(model, jnp.float32, where), tokens)))
     np.testing.assert_allclose(logits[0], logits[1], atol=1e-5 * np.abs(logits[0]).max())
+
+
+def test_from_one_mesh_onto_another(saved, source, tmp_path):
+    folder, written = saved
+    for data, model in ((2, 4), (4, 2)):
+        stored = SavedModel(folder, make_mesh(data, model))
+        restored = read_all(stored)
+        assert restored.keys() == written.keys()
+        for path, value in written.items():
+            jax.tree.map(assert_same, restored[path], value)
+        q, o = (restored[f"layers.1.attention.{name}.weight"].codes for name in "qo")
+        assert q.sharding.shard_shape(q.shape) == (48 // model, 24)
+        assert o.sharding.shard_shape(o.shape) == (48, 24 // model)
+        folder = tmp_path / f"{data}x{model}"
+        with writing(folder, overwrite=False) as writer:
+            for index in range(source.config.num_layers):
+                writer.layer(index, stored.layer(index, np.float32))
+            writer.outer(stored.outer(np.float32), source, {"recipe": "test"})
+    assert not [
+        name
+        for index in range(source.config.num_layers)
+        for name in differing(
+            SavedModel(folder).layer(index, np.float32), SavedModel(folder).layer_metadata(index)
+        )
+    ]
 
 
 def test_every_optional_part_round_trips(tiny_config, tmp_path):

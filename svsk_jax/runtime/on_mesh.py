@@ -1,0 +1,50 @@
+"""The steps of generating over the devices of a mesh."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from svsk_jax.model.fused_step import batch_bucket
+from svsk_jax.parallel import DATA, sharding
+from svsk_jax.parallel.decoder import on_mesh
+from svsk_jax.runtime.sampling import SamplingNumbers
+from svsk_jax.runtime.steps import State
+
+
+def prefill_on_mesh(mesh: Mesh, prefill: Callable[..., Any]) -> Callable[..., Any]:
+    """`steps.prefill`, without the arguments before the leaves, where those are of a `ParallelDecoder`'s
+    shares. Devices along `data` do the same."""
+    return on_mesh(mesh, prefill, (P(), P(), P(), P()), (P(), _specs(mesh, None, each=False)))
+
+
+def step_on_mesh(mesh: Mesh, step: Callable[..., Any]) -> Callable[..., Any]:
+    """`steps.step` or `steps.fused_steps`, likewise. Texts are divided over `data` where each device gets as
+    many as a step takes."""
+
+    def placed(
+        leaves: list[jax.Array], state: State, key: jax.Array, numbers: SamplingNumbers, **static: Any
+    ) -> tuple[jax.Array, State]:
+        texts, devices = state.tokens.shape[0], mesh.shape[DATA]
+        divides = texts % devices == 0 and batch_bucket(texts // devices) == texts // devices
+        specs = _specs(mesh, "batch" if divides else None, each=state.lengths.ndim == 1)
+        tokens = sharding(mesh, None, "batch" if divides else None).spec
+        run = on_mesh(
+            mesh,
+            lambda leaves, *arguments: step(leaves, *arguments, **static),
+            (specs, P(), P()),
+            (tokens, specs),
+        )
+        return run(leaves, state, key, numbers)
+
+    return placed
+
+
+def _specs(mesh: Mesh, batch: str | None, *, each: bool) -> State:
+    """How a state is divided; `each`: every text has its own length."""
+    # One for the caches of all layers.
+    cache: Any = sharding(mesh, batch, "tokens", "heads", None).spec
+    texts = sharding(mesh, batch).spec
+    return State(keys=cache, values=cache, lengths=texts if each else P(), tokens=texts)
