@@ -1,6 +1,7 @@
 """The two walks over a model: forwards for second moments, backwards for sensitivities, a layer at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -64,12 +65,20 @@ class Walk:
         self.kept_chunks = 0
         """Chunks that `backwards` goes on with."""
 
-    def _layer(self, index: int) -> DecoderLayer:
-        parameters = self.source.layer(index, self.dtype)
-        layer = DecoderLayer(
-            self.source.config, {path: jnp.asarray(value) for path, value in parameters.items()}
-        )
-        return put(layer, sharding(self.mesh))
+    def _layers(self, indices: Sequence[int]) -> Iterator[tuple[int, DecoderLayer]]:
+        """Each layer on all devices; the next one is read meanwhile."""
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            read = [reader.submit(self.source.layer, index, self.dtype) for index in indices[:1]]
+            for turn, index in enumerate(indices):
+                parameters = read.pop().result()
+                read = [
+                    reader.submit(self.source.layer, later, self.dtype)
+                    for later in indices[turn + 1 : turn + 2]
+                ]
+                layer = DecoderLayer(
+                    self.source.config, {path: jnp.asarray(value) for path, value in parameters.items()}
+                )
+                yield index, put(layer, sharding(self.mesh))
 
     @property
     def _kept_batches(self) -> int:
@@ -88,8 +97,7 @@ class Walk:
         """
         if keep is not None:
             self.kept_chunks = min(keep_chunks, self.chunks)
-        for index in range(self.source.config.num_layers):
-            layer = self._layer(index)
+        for index, layer in self._layers(range(self.source.config.num_layers)):
             sums = no_moments(layer, self.streams[0], self.masks[0], self.mesh, full)
             for batch, mask in enumerate(self.masks):
                 if keep is not None and batch < self._kept_batches:
@@ -115,8 +123,7 @@ class Walk:
             for batch, mask in enumerate(counted)
         ]
         del tail
-        for index in reversed(range(self.source.config.num_layers)):
-            layer = self._layer(index)
+        for index, layer in self._layers(range(self.source.config.num_layers)[::-1]):
             inputs = [kept.pop(index, batch) for batch in range(len(counted))]
             blocks = no_blocks(layer, self.streams[0], self.mesh)
             weights = []
