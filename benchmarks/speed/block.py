@@ -38,6 +38,7 @@ from svsk_jax.model import ModelConfig
 from svsk_jax.model.parameters import layer_shapes, parameter_shapes
 from svsk_jax.pipeline.progress import Progress
 from svsk_jax.storage.atomic import write_json
+from svsk_jax.xla_flags import take_library_products
 
 LENGTH = 512
 """Tokens of a chunk."""
@@ -129,6 +130,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=128)
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
+    take_library_products()
     report: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}",

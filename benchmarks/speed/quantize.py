@@ -29,6 +29,7 @@ from benchmarks.speed.estimate import estimate
 from svsk_jax import CalibrationConfig, Statistics, open_model, quantize, recipe
 from svsk_jax.demo_model import smollm2_gguf
 from svsk_jax.storage.atomic import write_json
+from svsk_jax.xla_flags import take_library_products
 
 
 def peak_mb() -> float:
@@ -93,6 +94,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
+    take_library_products()
     if arguments.estimate and recipe(arguments.recipe).bits is None:
         parser.error(f"--recipe {arguments.recipe}: the estimate is of svsk recipes")
     report: dict[str, Any] = {

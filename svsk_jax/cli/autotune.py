@@ -23,6 +23,7 @@ from svsk_jax.models import load_model, open_model
 from svsk_jax.parallel.distributed import agree, barrier, is_distributed, is_lead
 from svsk_jax.pipeline import Plan
 from svsk_jax.quant.types import DEFAULT_RECIPE, recipe
+from svsk_jax.xla_flags import take_library_products
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,7 @@ class Autotune(MeshFlags, ModelFlags, Verb):
 
     def run(self) -> dict[str, Any]:
         """Tune."""
+        take_library_products()
         mesh = self.join()
         if self.output.suffix != ".json":
             raise ValueError(f"--output {self.output}: a recipe file's name ends in .json")

@@ -8,6 +8,7 @@ from svsk_jax.calibration.config import CalibrationConfig
 from svsk_jax.cli.common import ModelFlags, OutputFlags, Verb, console, layer_progress
 from svsk_jax.cli.mesh_flags import MeshFlags
 from svsk_jax.models import open_model
+from svsk_jax.xla_flags import take_library_products
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,7 @@ class Calibrate(OutputFlags, MeshFlags, ModelFlags, Verb):
 
     def run(self) -> dict[str, Any]:
         """Calibrate."""
+        take_library_products()
         mesh = self.join()
         source = open_model(self.model, revision=self.revision)
         with layer_progress() as on_progress:

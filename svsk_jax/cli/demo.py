@@ -22,6 +22,7 @@ from svsk_jax.runtime.generate import TextGenerator
 from svsk_jax.runtime.sampling import SamplingConfig
 from svsk_jax.storage.atomic import check_output
 from svsk_jax.storage.checkpoint import MARKER
+from svsk_jax.xla_flags import take_library_products
 
 RECIPES = ("classic-r16", "svsk-r16")
 
@@ -43,6 +44,7 @@ class Demo(Verb):
 
     def run(self) -> dict[str, Any]:
         """Run the demonstration."""
+        take_library_products()
         for name in RECIPES:
             check_output(self.output / name, True, MARKER)
         source = _demo_model()

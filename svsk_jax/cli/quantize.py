@@ -11,6 +11,7 @@ from svsk_jax.cli.common import ModelFlags, OutputFlags, Verb, console, layer_pr
 from svsk_jax.cli.mesh_flags import MeshFlags
 from svsk_jax.cli.recipe_flags import RecipeFlags
 from svsk_jax.models import open_model
+from svsk_jax.xla_flags import take_library_products
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,7 @@ class Quantize(RecipeFlags, OutputFlags, MeshFlags, ModelFlags, Verb):
 
     def run(self) -> dict[str, Any]:
         """Quantize."""
+        take_library_products()
         mesh = self.join()
         name, config = self.chosen()
         source = open_model(self.model, revision=self.revision)
