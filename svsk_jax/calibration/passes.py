@@ -97,6 +97,7 @@ class Walk:
         """
         if keep is not None:
             self.kept_chunks = min(keep_chunks, self.chunks)
+        last = None
         for index, layer in self._layers(range(self.source.config.num_layers)):
             sums = no_moments(layer, self.streams[0], self.masks[0], self.mesh, full)
             for batch, mask in enumerate(self.masks):
@@ -105,7 +106,9 @@ class Walk:
                 self.streams[batch], sums = layer_moments(
                     layer, self.streams[batch], mask, sums, self.mesh, full
                 )
-            yield index, add_up(sums, self.mesh, full)
+            moments = add_up(sums, self.mesh, full)
+            last = _wait_for(last, moments)
+            yield index, moments
 
     def backwards(self, kept: BlockInputs, seed: int) -> Iterator[tuple[int, Sensitivities, Moments]]:
         """(index, sensitivities, weighted moments) of each layer, from the last to the first; they may still
@@ -123,6 +126,7 @@ class Walk:
             for batch, mask in enumerate(counted)
         ]
         del tail
+        last = None
         for index, layer in self._layers(range(self.source.config.num_layers)[::-1]):
             inputs = [kept.pop(index, batch) for batch in range(len(counted))]
             blocks = no_blocks(layer, self.streams[0], self.mesh)
@@ -138,7 +142,9 @@ class Walk:
             for batch, x in enumerate(inputs):
                 part = {name: put(self._batch(value, batch), chunks) for name, value in by_token.items()}
                 sums = weighted_moments(layer, from_local_rows(x, chunks), part, sums, self.mesh)
-            yield index, sensitivities, add_up(sums, self.mesh, True)
+            moments = add_up(sums, self.mesh, True)
+            last = _wait_for(last, moments)
+            yield index, sensitivities, moments
 
     def _sensitivities(
         self, blocks: dict[str, jax.Array], weights: list[dict[str, jax.Array]]
@@ -158,6 +164,12 @@ class Walk:
         start = batch * self.batch_chunks
         rows = by_chunk[start : start + self.batch_chunks]
         return jnp.pad(rows, ((0, self.batch_chunks - len(rows)), (0, 0)))
+
+
+def _wait_for(last: Any, moments: Moments) -> Any:
+    """Wait for the last layer, so that no more than two are in memory; what to wait for next time."""
+    jax.block_until_ready(last)
+    return [moment.tokens for moment in moments.values()]
 
 
 def _tail(source: ModelSource, outer: dict[str, Any], dtype: DTypeLike) -> Decoder:

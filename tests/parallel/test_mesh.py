@@ -41,3 +41,4 @@ def test_logical_axes_find_their_mesh_axis():
     mesh = make_mesh(2, 4)
     assert sharding(mesh, "batch", "tokens", "hidden").spec == P("data", None, None)
     assert sharding(mesh, "moment_rows", None).spec == P("model", None)
+    assert sharding(mesh, "chunks").spec == P(("data", "model"))
