@@ -27,6 +27,8 @@ LARGEST_BATCH = 64
 
 def why_not_fused(model: Decoder, *, interpret: bool = False) -> str | None:
     """Why `fused_step` can't run this model here, or None if it can."""
+    if model.config.mixture is not None:
+        return "its layers are mixtures of experts"
     if model.config.head_dim not in HEAD_DIMS:
         return f"heads have {model.config.head_dim} columns; known are {HEAD_DIMS}"
     if model.config.num_heads > MOST_QUERIES * model.config.num_kv_heads:
