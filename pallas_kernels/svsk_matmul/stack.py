@@ -1,4 +1,4 @@
-"""Several weights of one shape as one with a leading axis on every leaf, whatever groups and ranks each has."""
+"""Weights of one shape as one weight with a leading axis on every leaf, whatever ranks and groups they have."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -43,7 +43,8 @@ def common_form(weights: Sequence[SVSKWeight]) -> Form:
 
 
 def stack(weights: Sequence[SVSKWeight]) -> SVSKWeight:
-    """The weights, exactly, in their `common_form`, on the host's way: leaves [len(weights), ...]."""
+    """The weights, exactly, in their `common_form`: leaves [len(weights), ...]. Made on the host, of
+    concrete arrays."""
     group, tile, rank = common_form(weights)
     return jax.tree.map(
         lambda *leaves: jnp.asarray(np.stack(leaves)),

@@ -9,16 +9,20 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32
 
+from svsk_jax.calibration.experts import OUTPUTS, PLACES, Routed
 from svsk_jax.calibration.statistics import Moments
 from svsk_jax.model.decoder import Decoder, DecoderLayer
-from svsk_jax.model.parameters import LINEAR_INPUTS, QUANTIZED_LINEARS
+from svsk_jax.model.parameters import LINEAR_INPUTS
 from svsk_jax.quant.types import SENSITIVITY_TILE, InputMoment, OutputSensitivity
 
 WEIGHT_CLIP = 10.0
 """Largest weight of a token, as a multiple of the mean weight."""
 
 Sensitivities = dict[str, OutputSensitivity]
-"""The output sensitivity of each linear of a layer, by path within it."""
+"""The output sensitivity of each linear of a layer, by path within it (of experts while a layer is walked,
+see `calibration.experts`)."""
+READS = LINEAR_INPUTS | OUTPUTS
+"""What each linear whose output is tapped reads."""
 
 
 def _blocks(g: Float[Array, "b t n"]) -> Float[Array, "tiles m m"]:
@@ -79,39 +83,52 @@ def layer_sensitivity(
 
     Returns:
         The gradient at the layer's input, divided over the mesh like x, and each linear's sensitivity:
-        Σ g gᵀ in diagonal blocks, summed over devices, and mean(g²) of each token, f32, zero for padding.
+        Σ g gᵀ in diagonal blocks, summed over devices, and mean(g²) of each token, f32, zero for padding;
+        for experts with leading axes of experts and last axes of a token's slots.
     """
 
     def local(layer, x, upstream, mask):
         positions = jnp.arange(x.shape[1], dtype=jnp.int32)
 
         def run(x, probes):
+            places = {}
+
             def tap(name, value):
+                if name in PLACES:
+                    places[name] = value
                 return value + probes[name] if name in probes else value
 
-            return layer(x, positions, tap=tap)[0]
+            return layer(x, positions, tap=tap)[0], places
 
         outputs = jax.eval_shape(lambda x: _linear_outputs(layer, x, positions), x)
         probes = {name: jnp.zeros(like.shape, like.dtype) for name, like in outputs.items()}
-        _, pull = jax.vjp(run, x, probes)
+        _, pull, places = jax.vjp(run, x, probes, has_aux=True)
         below, gradients = pull(upstream)
-        tokens = jax.lax.psum(jnp.sum(mask).astype(jnp.int32) * x.shape[1], "data")
-        blocks = jax.lax.psum({name: _blocks(g) for name, g in gradients.items()}, "data")
+        tokens = dict.fromkeys(gradients, jnp.sum(mask).astype(jnp.int32) * x.shape[1])
+        blocks = {name: _blocks(g) for name, g in gradients.items() if name not in OUTPUTS}
         weights = {
             name: jnp.mean(jnp.square(g.astype(jnp.float32)), axis=-1) for name, g in gradients.items()
         }
-        return below, blocks, weights, tokens
+        if places:
+            routed = Routed(layer, places)
+            for name in OUTPUTS:
+                height = min(SENSITIVITY_TILE, gradients[name].shape[-1])
+                blocks[name] = routed.blocks(gradients[name], height)
+                weights[name] = routed.pairs(weights[name], (x.shape[0], x.shape[1]))
+                tokens[name] = routed.counts(routed.rows_of_chunks(mask, x.shape[1]))
+        return below, *jax.lax.psum((blocks, tokens), "data"), weights
 
-    below, blocks, weights, tokens = jax.shard_map(
+    below, blocks, tokens, weights = jax.shard_map(
         local,
         mesh=mesh,
         in_specs=(P(), P("data"), P("data"), P("data")),
-        out_specs=(P("data"), P(), P("data"), P()),
+        out_specs=(P("data"), P(), P(), P("data")),
         check_vma=False,
     )(layer, x, upstream, mask)
     return below, {
-        name: OutputSensitivity(blocks=blocks[name], weights=weights[name], tokens=tokens)
-        for name in QUANTIZED_LINEARS
+        name: OutputSensitivity(blocks=blocks[name], weights=weights[name], tokens=tokens[name])
+        for name in READS
+        if name in blocks
     }
 
 
@@ -119,7 +136,7 @@ def _linear_outputs(layer: DecoderLayer, x: jax.Array, positions: jax.Array) -> 
     seen = {}
 
     def tap(name, value):
-        if name in LINEAR_INPUTS:
+        if name in READS:
             seen[name] = value
         return value
 
@@ -127,14 +144,15 @@ def _linear_outputs(layer: DecoderLayer, x: jax.Array, positions: jax.Array) -> 
     return seen
 
 
-def token_weights(sensitivities: Sensitivities) -> dict[str, Float[Array, "chunks t"]]:
+def token_weights(sensitivities: Sensitivities) -> dict[str, Float[Array, "chunks t *slots"]]:
     """For each activation that linears read, the weight of each of its tokens: the mean over those linears of
-    mean(g²), each scaled to a mean of 1, clipped at 10."""
+    mean(g²), each scaled to a mean of 1, clipped at 10. A mixture's experts are scaled together."""
     weights: dict[str, list[jax.Array]] = {}
     for linear, sensitivity in sensitivities.items():
-        mean = jnp.sum(sensitivity.weights) / jnp.maximum(sensitivity.tokens.astype(jnp.float32), 1.0)
+        tokens = jnp.sum(sensitivity.tokens).astype(jnp.float32)
+        mean = jnp.sum(sensitivity.weights) / jnp.maximum(tokens, 1.0)
         scaled = sensitivity.weights / jnp.where(mean > 0, mean, 1.0)
-        weights.setdefault(LINEAR_INPUTS[linear], []).append(scaled)
+        weights.setdefault(READS[linear], []).append(scaled)
     return {name: jnp.minimum(sum(parts) / len(parts), WEIGHT_CLIP) for name, parts in weights.items()}
 
 
@@ -142,17 +160,22 @@ def token_weights(sensitivities: Sensitivities) -> dict[str, Float[Array, "chunk
 def weighted_moments(
     layer: DecoderLayer,
     x: Float[Array, "b t d"],
-    weights: dict[str, Float[Array, "b t"]],
+    weights: dict[str, Float[Array, "b t *slots"]],
     mesh: Mesh,
 ) -> Moments:
     """Σ w x xᵀ of each activation that linears read, f32, summed over devices; `tokens` counts those of
     non-zero weight."""
 
     def local(layer, x, weights):
-        seen = {}
+        seen, places = {}, {}
 
         def tap(name, value):
-            if name in weights:
+            if name in PLACES:
+                places[name] = value
+            elif name in weights and name not in LINEAR_INPUTS.values():
+                routed = Routed(layer, places)
+                seen[name] = routed.moments(value, routed.rows(weights[name].reshape(-1)), True)
+            elif name in weights:
                 rows = value.astype(jnp.float32).reshape(-1, value.shape[-1])
                 w = weights[name].reshape(-1, 1)
                 total = jnp.matmul((rows * w).T, rows, precision=jax.lax.Precision.HIGHEST)

@@ -9,12 +9,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32
 
+from svsk_jax.calibration.experts import INPUTS, PLACES, Routed
 from svsk_jax.model.decoder import DecoderLayer
 from svsk_jax.model.parameters import LINEAR_INPUTS
 from svsk_jax.quant.types import InputMoment
 
 Moments = dict[str, InputMoment]
-"""The moment of each activation that linears read, by name (`parameters.LINEAR_INPUTS`)."""
+"""The moment of each activation that linears read, by name (`parameters.linear_inputs`; of experts while a
+layer is walked, see `calibration.experts`)."""
 
 
 def data_mesh() -> Mesh:
@@ -52,11 +54,16 @@ def layer_moments(
 
     def local(layer, x, mask):
         seen: Moments = {}
-        inputs = set(LINEAR_INPUTS.values())
+        inputs, places = set(LINEAR_INPUTS.values()), {}
 
         def tap(name: str, value: jax.Array) -> jax.Array:
             if name in inputs:
                 seen[name] = _moment(value, mask, full)
+            elif name in PLACES:
+                places[name] = value
+            elif name in INPUTS:
+                routed = Routed(layer, places)
+                seen[name] = routed.moments(value, routed.rows_of_chunks(mask, x.shape[1]), full)
             return value
 
         positions = jnp.arange(x.shape[1], dtype=jnp.int32)
@@ -64,7 +71,11 @@ def layer_moments(
         return y, jax.lax.psum(seen, "data")
 
     sharded = jax.shard_map(
-        local, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=(P("data"), P())
+        local,
+        mesh=mesh,
+        in_specs=(P(), P("data"), P("data")),
+        out_specs=(P("data"), P()),
+        check_vma=False,
     )
     return sharded(layer, x, mask)
 

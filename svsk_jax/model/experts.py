@@ -1,4 +1,4 @@
-"""A mixture of experts: which tokens go to which, and the experts' products block of rows by block of rows."""
+"""A mixture of experts: which tokens go to which, and the experts' products by blocks of rows."""
 
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
@@ -106,8 +106,9 @@ class Experts(nnx.Module):
     def __call__(self, x: Float[Array, "b t d"], tap: Tap = no_tap) -> Float[Array, "b t d"]:
         """Apply to the last axis.
 
-        `tap` sees, in place of what a dense MLP has, the experts' activations in blocks [blocks, rows, width],
-        and before them `mlp.experts.expert` and `mlp.experts.pair`, which say what each row is (`Blocks`).
+        `tap` sees, in place of what a dense MLP has, the experts' activations in blocks
+        [blocks, rows, width], and before them `mlp.experts.expert` and `mlp.experts.pair`, which say what
+        each row is (`Blocks`).
         """
         mixture, flat = self.mixture, x.reshape(-1, x.shape[-1])
         router = self.router.get_value().astype(jnp.float32)

@@ -83,7 +83,7 @@ def input_widths(config: ModelConfig, index: int) -> dict[str, int]:
     return {read: shapes[f"{name}.weight"][1] for name, read in linear_inputs(config, index).items()}
 
 
-def linear_shapes(config: ModelConfig, index: int) -> dict[str, tuple[int, int]]:
+def layer_linears(config: ModelConfig, index: int) -> dict[str, tuple[int, int]]:
     """[N, K] of each quantized linear of decoder layer `index`, by path within the layer."""
     shapes = layer_shapes(config, index)
     return {

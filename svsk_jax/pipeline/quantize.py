@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from pallas_kernels.svsk_matmul import Int8Weight
 from svsk_jax.calibration.config import CalibrationConfig
 from svsk_jax.calibration.store import Statistics
-from svsk_jax.model.parameters import QUANTIZED_LINEARS, parameter_shapes
+from svsk_jax.model.parameters import linear_inputs, parameter_shapes, quantized_paths
 from svsk_jax.model.source import ModelSource
 from svsk_jax.pipeline.calibrate import calibrate
 from svsk_jax.pipeline.checks import check_weight, default_dtype, refuse_packed, require_space
@@ -99,6 +99,7 @@ def quantize(
     Raises:
         ValueError: text too short, statistics of another model or too poor for the recipe, model already
             quantized, bad weights, an unfinished run of something else.
+        NotImplementedError: a recipe with polish for a mixture of experts.
         FileExistsError: `output` exists, an unfinished run for it does, or another run is writing to it.
         OSError: too little disk space.
     """
@@ -107,11 +108,15 @@ def quantize(
     settings = config.config if isinstance(config, Plan) else config
     if isinstance(config, Plan):
         config.check_model(source.config)
+    if settings.polish and source.config.mixture is not None:
+        raise NotImplementedError(
+            f"--recipe {recipe}: polish does not train mixtures of experts; take the recipe without polish"
+        )
     calibration = _only_what_is_needed(calibration or CalibrationConfig(), settings)
     if statistics is not None:
         statistics.check_model(source.fingerprint(), source.description)
     identity = run_identity(source, config, statistics or calibration, recipe=recipe, dtype=dtype)
-    budget = predict(parameter_shapes(source.config), QUANTIZED_LINEARS, settings)
+    budget = predict(parameter_shapes(source.config), quantized_paths(source.config), settings)
     with locked(output):
         recover(output)
         if resume and (finished := _finished(output, identity, budget)):
@@ -161,7 +166,8 @@ def quantize(
                 if layer is None:
                     parameters = source.layer(index, dtype)
                     watch.lap("load")
-                    layer = quantize_layer(parameters, statistics, index, plan)
+                    reads = linear_inputs(source.config, index)
+                    layer = quantize_layer(parameters, statistics, index, reads, plan)
                     watch.lap("quantize")
                     writer.layer(index, layer.parameters, layer.errors, layer.predicted_nats)
                     watch.lap("write")
@@ -216,7 +222,7 @@ class _Totals:
     def add(self, index: int, layer: StoredLayer) -> None:
         self.errors |= _named(index, layer.errors)
         self.predicted_nats += layer.predicted_nats
-        self.linear_bytes += sum(layer.parameters[f"{name}.weight"].nbytes for name in QUANTIZED_LINEARS)
+        self.linear_bytes += sum(layer.parameters[f"{name}.weight"].nbytes for name in layer.errors)
         self.total_bytes += _nbytes(layer.parameters)
 
 
@@ -267,7 +273,8 @@ def _polished_errors(
     # Two polishes of one model may differ in their last bits: all layers come from the same one.
     writer.clear()
     for index, layer in enumerate(polish(source, drafts, statistics.tokens(), steps, dtype, on_progress)):
-        found = layer_errors(source.layer(index, dtype), layer, statistics.layer(index))
+        reads = linear_inputs(source.config, index)
+        found = layer_errors(source.layer(index, dtype), layer, statistics.layer(index), reads)
         errors |= _named(index, found)
         writer.layer(index, layer, found)
     return errors

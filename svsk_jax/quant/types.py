@@ -5,6 +5,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.svsk_matmul.types import (
     Codebook,
@@ -240,8 +241,8 @@ class InputMoment:
     Moments of disjoint tokens add: `a + b`.
     """
 
-    total: jax.Array
-    tokens: jax.Array
+    total: jax.Array | np.ndarray
+    tokens: jax.Array | np.ndarray | np.integer
 
     def __add__(self, other: "InputMoment") -> "InputMoment":
         return InputMoment(total=self.total + other.total, tokens=self.tokens + other.tokens)
@@ -275,9 +276,9 @@ class OutputSensitivity:
     Sensitivities of disjoint tokens add: `a + b`.
     """
 
-    blocks: jax.Array
-    weights: jax.Array
-    tokens: jax.Array
+    blocks: jax.Array | np.ndarray
+    weights: jax.Array | np.ndarray
+    tokens: jax.Array | np.ndarray
 
     def __add__(self, other: "OutputSensitivity") -> "OutputSensitivity":
         return OutputSensitivity(

@@ -18,7 +18,7 @@ from svsk_jax.calibration.config import CalibrationConfig
 from svsk_jax.calibration.store import Statistics
 from svsk_jax.known_models import KNOWN
 from svsk_jax.model.laid_out import lay_out_for_device
-from svsk_jax.model.parameters import LINEAR_INPUTS, layer_shapes, parameter_shapes
+from svsk_jax.model.parameters import input_widths, layer_shapes, parameter_shapes
 from svsk_jax.pipeline.forecast import forecast, measured_costs
 from svsk_jax.pipeline.plan import Plan, fixed_plans
 from svsk_jax.pipeline.sizes import model_sizes
@@ -38,8 +38,7 @@ def nbytes(tree):
 @pytest.fixture
 def statistics(tmp_path):
     """Diagonal moments of ones, as if they had been measured."""
-    source, shapes = MemorySource(SMALL), layer_shapes(SMALL)
-    widths = {LINEAR_INPUTS[name]: shapes[f"{name}.weight"][1] for name in LINEAR_INPUTS}
+    source, widths = MemorySource(SMALL), input_widths(SMALL, 0)
     moments = {
         name: InputMoment(total=jnp.ones(width), tokens=jnp.int32(1)) for name, width in widths.items()
     }
@@ -83,7 +82,7 @@ def test_a_plan_of_unequal_ranks_is_counted_to_the_byte():
     plans["layers.0.attention.q"] = dataclasses.replace(plan, ranks=((0,), (3,), (5,)))
     base = model_sizes(SMALL, Plan(recipe="x", config=config, tensors=fixed_plans(SMALL, config)))
     mixed = model_sizes(SMALL, Plan(recipe="x", config=config, tensors=plans))
-    query = layer_shapes(SMALL)["attention.q.weight"]
+    query = layer_shapes(SMALL, 0)["attention.q.weight"]
     change = planned_bytes(query, plan, "two_level") - planned_bytes(
         query, fixed_plans(SMALL, config)["layers.0.attention.q"], "two_level"
     )
