@@ -85,7 +85,7 @@ def source_names(config: ModelConfig, format: Format) -> dict[str, Name]:
 def _experts(config: ModelConfig) -> list[Name]:
     count = 0 if config.mixture is None else config.mixture.num_experts
     return [
-        Name(*(text.format(number) for text in (name.path, name.hf, name.gguf)))
+        Name(name.path.format(number), name.hf.format(number), name.gguf.format(number))
         for number in range(count)
         for name in EXPERT
     ]

@@ -1,4 +1,4 @@
-"""Weights of one shape as one weight with a leading axis on every leaf, whatever ranks and groups they have."""
+"""Weights of one shape as one with a leading axis on every leaf, whatever ranks and groups each has."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence

@@ -112,14 +112,13 @@ def moments_by_expert(moments: Mapping[str, InputMoment]) -> tuple[dict[str, Inp
         if name not in INPUTS:
             named[name] = moment
             continue
-        stack: InputMoment = jax.tree.map(np.asarray, moment)
-        is_full = stack.total.ndim == 3
-        needed = stack.total.shape[-1] if is_full else FEWEST_TOKENS
-        pooled = InputMoment(total=stack.total.sum(0), tokens=stack.tokens.sum(dtype=np.int32))
+        totals, counts = np.asarray(moment.total), np.asarray(moment.tokens)
+        needed = totals.shape[-1] if totals.ndim == 3 else FEWEST_TOKENS
+        pooled = InputMoment(total=totals.sum(0), tokens=np.asarray(counts.sum(), counts.dtype))
         kind = name.removeprefix(f"{EXPERTS}.")
-        for number, tokens in enumerate(stack.tokens):
+        for number, tokens in enumerate(counts):
             enough = tokens >= needed
-            own = InputMoment(total=stack.total[number], tokens=tokens)
+            own = InputMoment(total=totals[number], tokens=np.asarray(tokens))
             named[expert(number, kind)] = own if enough else pooled
             if not enough:
                 starved.setdefault(kind, []).append(number)

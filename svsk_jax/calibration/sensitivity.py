@@ -151,7 +151,7 @@ def token_weights(sensitivities: Sensitivities) -> dict[str, Float[Array, "chunk
     for linear, sensitivity in sensitivities.items():
         tokens = jnp.sum(sensitivity.tokens).astype(jnp.float32)
         mean = jnp.sum(sensitivity.weights) / jnp.maximum(tokens, 1.0)
-        scaled = sensitivity.weights / jnp.where(mean > 0, mean, 1.0)
+        scaled = jnp.asarray(sensitivity.weights) / jnp.where(mean > 0, mean, 1.0)
         weights.setdefault(READS[linear], []).append(scaled)
     return {name: jnp.minimum(sum(parts) / len(parts), WEIGHT_CLIP) for name, parts in weights.items()}
 

@@ -18,7 +18,7 @@ from pallas_kernels.decode_step import (
 )
 from pallas_kernels.svsk_matmul import TritonInt8Weight, TritonWeight, triton_int8, why_no_triton
 from pallas_kernels.svsk_matmul.tuning import batch_of
-from svsk_jax.model.decoder import Decoder, DecoderLayer
+from svsk_jax.model.decoder import MLP, Decoder, DecoderLayer
 from svsk_jax.model.linear import Linear
 
 LARGEST_BATCH = 64
@@ -157,6 +157,7 @@ class _Layer:
 
 
 def _linears(layer: DecoderLayer) -> dict[str, Linear | None]:
+    assert isinstance(layer.mlp, MLP)
     return {
         "attention.qkv": layer.attention.qkv,
         "attention.o": layer.attention.o,

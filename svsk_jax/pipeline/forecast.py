@@ -170,7 +170,7 @@ def _operations(model: ModelConfig, calibration: CalibrationConfig, *, full: boo
 def _share(model: ModelConfig, name: str) -> float:
     """Of the tokens, those that reach a linear or an activation of a layer."""
     if model.mixture is None or not name.startswith(EXPERTS):
-        return 1
+        return 1.0
     return model.mixture.num_experts_per_tok / model.mixture.num_experts
 
 

@@ -242,7 +242,7 @@ class InputMoment:
     """
 
     total: jax.Array | np.ndarray
-    tokens: jax.Array | np.ndarray | np.integer
+    tokens: jax.Array | np.ndarray
 
     def __add__(self, other: "InputMoment") -> "InputMoment":
         return InputMoment(total=self.total + other.total, tokens=self.tokens + other.tokens)
@@ -255,7 +255,7 @@ class InputMoment:
     @property
     def mean(self) -> jax.Array:
         """H = E[x xᵀ], or its diagonal h = E[x²], f32."""
-        return self.total / jnp.maximum(self.tokens.astype(jnp.float32), 1.0)
+        return jnp.asarray(self.total) / jnp.maximum(self.tokens.astype(jnp.float32), 1.0)
 
     @property
     def diagonal(self) -> jax.Array:
@@ -290,4 +290,4 @@ class OutputSensitivity:
     @property
     def mean(self) -> jax.Array:
         """The blocks of G = E[g gᵀ], f32."""
-        return self.blocks / jnp.maximum(self.tokens.astype(jnp.float32), 1.0)
+        return jnp.asarray(self.blocks) / jnp.maximum(self.tokens.astype(jnp.float32), 1.0)

@@ -104,6 +104,8 @@ def test_an_allocated_recipe_is_bounded_by_its_bits():
         ("Qwen3-0.6B", 596_049_920),
         ("Qwen3-8B", 8_190_735_360),
         ("Qwen3-32B", 32_762_123_264),
+        ("Qwen3-30B-A3B", 30_532_122_624),
+        ("Qwen3-235B-A22B", 235_093_634_560),
         ("Llama-3-8B", 8_030_261_248),
         ("Llama-3-70B", 70_553_706_496),
     ],
@@ -160,10 +162,10 @@ def test_a_configuration_needs_no_weights(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TINY.to_hf()))
     assert open_config(str(tmp_path)) == TINY
     assert open_config("Qwen3-8B") is KNOWN["Qwen3-8B"]
-    (tmp_path / "config.json").write_text(json.dumps({**TINY.to_hf(), "num_experts": 8}))
-    for model in (str(tmp_path), "Qwen3-30B-A3B"):
-        with pytest.raises(NotImplementedError, match="mixture of experts"):
-            open_config(model)
+    other = {**TINY.to_hf(), "architectures": ["MixtralForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match=r"unknown architecture .MixtralForCausalLM"):
+        open_config(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({**TINY.to_hf(), "num_hidden_layers": 2**40}))
     with pytest.raises(ValueError, match="num_layers must be 1 to 10,000"):
         open_config(str(tmp_path))
