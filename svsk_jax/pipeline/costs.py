@@ -86,7 +86,7 @@ def device_bytes(config: ModelConfig) -> int:
             blocks = math.ceil(n / height(n)) * height(n) ** 2
             # Moment, weighted moment, H and its factor; sensitivity, G and its factor.
             preparing = (4 + FACTOR_COPIES) * k**2 + 3 * blocks
-            rounding = 2 * k**2 + 2 * blocks + WORKING_COPIES * n * k
+            rounding = 3 * k**2 + 2 * blocks + WORKING_COPIES * n * k
             most = max(most, 4 * (before + preparing), 4 * rounding)
             before = 2 * k**2 + 2 * blocks
     return most

@@ -40,6 +40,7 @@ def quantize_layer(
     strong = plan.config.scales == "two_level"
     errors: dict[str, float] = {}
     predicted = 0.0
+    read, moment = "", None
     each = (
         layer_metrics(statistics, index, parameters, reads, plan.config)
         if strong
@@ -48,7 +49,8 @@ def quantize_layer(
     for name, metrics in each:
         path = f"{name}.weight"
         dense = check_weight(jnp.asarray(parameters[path], jnp.float32), f"layers.{index}.{path}")
-        moment = moments[reads[name]]
+        if moment is None or reads[name] != read:
+            read, moment = reads[name], moments[reads[name]]
         if metrics is not None:
             result = quantize_joint(dense, *metrics, plan.tensors[f"layers.{index}.{name}"], plan.config)
             stored[path], restored = result.weight, result.restored

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import TINY, MemorySource
+from safetensors.numpy import load_file, save_file
+from support import TINY, write_checkpoint
 
-from convert.load import load_decoder
+from convert import load_decoder, open_checkpoint
 from svsk_jax import pipeline
 from svsk_jax.calibration.config import CalibrationConfig
 from svsk_jax.calibration.store import Statistics
@@ -44,13 +45,13 @@ STRONG = dataclasses.replace(
 
 
 @pytest.fixture(scope="module")
-def source():
-    """A model one of whose experts gets few tokens: its logit is always 0."""
-    source = MemorySource(CONFIG)
-    router = source.parameters["layers.1.mlp.router.weight"].copy()
-    router[STARVED] = 0
-    source.parameters["layers.1.mlp.router.weight"] = 3 * router
-    return source
+def source(tmp_path_factory):
+    """A checkpoint one of whose experts gets few tokens: its logit is always 0."""
+    folder = write_checkpoint(tmp_path_factory.mktemp("checkpoint"), 0, CONFIG)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.gate.weight"] *= 3 * (np.arange(EXPERTS) != STARVED)[:, None]
+    save_file(tensors, folder / "model.safetensors")
+    return open_checkpoint(str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def test_bytes_quality_and_generation(source, statistics, tmp_path):
     assert saved.metadata["bytes"]["whole_file"] == result.budget.total_bytes
     assert STARVED in saved.metadata["calibration"]["pooled_experts"]["layers.1"]["input"]
     router = saved.layer(1, jnp.float32)["mlp.router.weight"]
-    np.testing.assert_array_equal(router, source.parameters["layers.1.mlp.router.weight"])
+    np.testing.assert_array_equal(router, source.layer(1, np.float32)["mlp.router.weight"])
 
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 97, (4, 64)), jnp.int32)
     run = jax.jit(lambda model, ids: model(ids))
