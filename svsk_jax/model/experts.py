@@ -1,6 +1,7 @@
 """A mixture of experts: which tokens go to which, and the experts' products by blocks of rows."""
 
 from collections.abc import Mapping, MutableMapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -74,6 +75,8 @@ def grouped(
     are skipped and give zeros. A block reads its expert's weights once."""
     experts = jax.tree.leaves(weight)[0].shape[0]
 
+    # Differentiated, each block would keep a copy of its expert's weights: it takes them again instead.
+    @partial(jax.checkpoint, prevent_cse=False)
     def one(block: tuple[jax.Array, jax.Array]) -> jax.Array:
         rows, index = block
 

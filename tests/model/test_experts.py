@@ -12,9 +12,9 @@ from weights import random_weight
 from pallas_kernels.svsk_matmul import SVSKWeight, dequantize, stack
 from svsk_jax.config_limits import check_config
 from svsk_jax.model import Decoder, Mixture, ModelConfig
-from svsk_jax.model.experts import Experts, block_rows, in_blocks
+from svsk_jax.model.experts import Experts, block_rows, grouped, in_blocks
 from svsk_jax.model.fused_step import why_not_fused
-from svsk_jax.model.laid_out import transpose_parameters
+from svsk_jax.model.laid_out import lay_out_parameters, transpose_parameters
 from svsk_jax.model.parameters import EXPERT_LINEARS, layer_parameters, layer_shapes, random_parameters
 
 MIXTURE = Mixture(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=40)
@@ -117,7 +117,7 @@ def packed_parameters():
     return packed
 
 
-@pytest.mark.parametrize("lay_out", [dict, transpose_parameters], ids=["stored", "transposed"])
+@pytest.mark.parametrize("lay_out", [dict, transpose_parameters, lay_out_parameters])
 def test_packed_experts_are_their_dense_restore(lay_out):
     packed = packed_parameters()
     dense = {path: restored(v) if isinstance(v, SVSKWeight) else v for path, v in packed.items()}
@@ -127,6 +127,16 @@ def test_packed_experts_are_their_dense_restore(lay_out):
         x = jnp.asarray(np.random.default_rng(0).standard_normal((1, tokens, 48)), jnp.float32)
         expected = run(Experts(CONFIG, dense), x)
         np.testing.assert_allclose(run(laid_out, x), expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_gradient_keeps_no_weights_for_each_block():
+    """Of the input's gradient alone; weights of a block are sixteen times its rows here."""
+    W = jnp.zeros((4, 128, 128), jnp.float32)
+    x, owner = jnp.zeros((64, 8, 128), jnp.float32), jnp.zeros(64, jnp.int32)
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(grouped(x, W, owner, 128)))))
+    analysis = gradient.lower(x).compile().memory_analysis()
+    assert analysis is not None
+    assert analysis.temp_size_in_bytes < 4 * x.nbytes + W.nbytes < 64 * W[0].nbytes
 
 
 def test_the_fused_step_says_no():
