@@ -287,8 +287,9 @@ class ModelConfig:
 
 def _mixture(config: Mapping[str, Any]) -> Mixture:
     # transformers 5 writes the number of experts under another name.
+    counts = [config[key] for key in ("num_experts", "num_local_experts") if config.get(key) is not None]
     sizes = {
-        "num_experts": config.get("num_experts", config.get("num_local_experts")),
+        "num_experts": counts[0] if counts else None,
         "num_experts_per_tok": config.get("num_experts_per_tok"),
         "moe_intermediate_size": config.get("moe_intermediate_size"),
     }

@@ -9,12 +9,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from support import TINY, write_checkpoint
 
-from convert import load_decoder, open_checkpoint
+from convert import load_decoder, load_parameters, open_checkpoint
 from svsk_jax import pipeline
 from svsk_jax.calibration.config import CalibrationConfig
 from svsk_jax.calibration.store import Statistics
 from svsk_jax.evaluation.divergence import token_divergence
 from svsk_jax.model import Mixture
+from svsk_jax.model.laid_out import lay_out_for_device
 from svsk_jax.model.parameters import parameter_shapes, quantized_paths
 from svsk_jax.models import load_model
 from svsk_jax.pipeline.sizes import model_sizes
@@ -119,6 +120,16 @@ def test_bytes_quality_and_generation(source, statistics, tmp_path):
     texts = [TextGenerator(model, source.tokenizer(), capacity=64) for model in (packed, quantized)]
     first, second = (each.generate(prompt, max_tokens=8) for each in texts)
     assert first.token_ids == second.token_ids
+
+
+def test_sizes_without_allocation_are_exact(source, statistics, tmp_path):
+    config = dataclasses.replace(recipe("classic-r8"), rank=3)
+    sizes = model_sizes(CONFIG, config)
+    result = pipeline.quantize(source, tmp_path / "out", config, recipe="c", statistics=statistics)
+    assert sizes.exact
+    assert sizes.budget == result.budget
+    laid_out = lay_out_for_device(load_parameters(SavedModel(tmp_path / "out"), jnp.float32), jnp.float32)
+    assert sizes.in_memory["CPU, packed"] == sum(leaf.nbytes for leaf in jax.tree.leaves(laid_out))
 
 
 def test_polish_is_refused(source, statistics, tmp_path):
