@@ -57,7 +57,9 @@ class Checkpoint:
         """Parameters of decoder layer `index`, by path within the layer."""
         if not 0 <= index < self.config.num_layers:
             raise ValueError(f"{self.description}: no layer {index}; it has {self.config.num_layers}")
-        return {path: self.parameter(f"layers.{index}.{path}", dtype) for path in layer_shapes(self.config)}
+        return {
+            path: self.parameter(f"layers.{index}.{path}", dtype) for path in layer_shapes(self.config, index)
+        }
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, with chat template. Raises ValueError when there is none."""

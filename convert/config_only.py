@@ -8,11 +8,8 @@ from convert.gguf_file import read_gguf
 from convert.hf_config import FILE, read_hf_config
 from svsk_jax.config_limits import check_config
 from svsk_jax.json_data import read_json_object
-from svsk_jax.known_models import KNOWN, MIXTURES
+from svsk_jax.known_models import KNOWN
 from svsk_jax.model.config import ModelConfig
-
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-"""Keys of config.json that only mixtures of experts have."""
 
 
 def open_config(model: str, *, revision: str | None = None) -> ModelConfig:
@@ -22,7 +19,7 @@ def open_config(model: str, *, revision: str | None = None) -> ModelConfig:
 
     Raises:
         ValueError: nothing there, or a configuration that is damaged or of an unknown architecture.
-        NotImplementedError: a mixture of experts, or another variant that the decoder lacks.
+        NotImplementedError: a variant of a known architecture that the decoder lacks.
         ConnectionError: a hub id, not cached, and the hub cannot be reached.
     """
     path = Path(model).expanduser()
@@ -37,8 +34,6 @@ def open_config(model: str, *, revision: str | None = None) -> ModelConfig:
         return _read(path)
     if model in KNOWN:
         return KNOWN[model]
-    if model in MIXTURES:
-        raise NotImplementedError(_no_mixtures(model))
     if path.exists() or not hub.is_hub_id(model):
         raise ValueError(
             f"--model {model}: expected a folder with a {FILE}, a .gguf file, a hub id, or one of "
@@ -52,13 +47,7 @@ def _read(folder: Path) -> ModelConfig:
     if not path.is_file():
         raise ValueError(f"{folder}: no {FILE}; copy the model's there")
     raw = read_json_object(path, "download it again")
-    if any(raw.get(key) for key in EXPERTS):
-        raise NotImplementedError(_no_mixtures(str(path)))
     try:
         return read_hf_config(raw)
     except (ValueError, NotImplementedError) as error:
         raise type(error)(f"{folder}: {error}") from error
-
-
-def _no_mixtures(name: str) -> str:
-    return f"{name}: a mixture of experts, which the decoder does not support; choose a dense model"

@@ -8,9 +8,14 @@ import numpy as np
 
 from convert.tensors import RawTensor
 from svsk_jax.json_data import checked
-from svsk_jax.model.config import Architecture, ModelConfig, RopeScaling
+from svsk_jax.model.config import Architecture, Mixture, ModelConfig, RopeScaling
 
-ARCHITECTURES: dict[str, Architecture] = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3moe": "qwen3_moe",
+}
 END_OF_TURN = {
     "<|im_end|>",
     "<|eot_id|>",
@@ -76,8 +81,17 @@ def read_config(metadata: Mapping[str, Any], tensors: Iterable[RawTensor]) -> Mo
             raise ValueError(f"{source}.{key}: expected an integer, found {value!r}; is the file complete?")
         return value
 
-    if get("expert_count", 0):
-        raise NotImplementedError(f"{source}.expert_count: mixtures of experts are not supported")
+    mixture = None
+    if architecture == "qwen3_moe":
+        # llama.cpp scales the weights of every model of this architecture to a sum of 1.
+        mixture = Mixture(
+            num_experts=size("expert_count"),
+            num_experts_per_tok=size("expert_used_count"),
+            moe_intermediate_size=size("expert_feed_forward_length"),
+            norm_topk_prob=True,
+        )
+    elif get("expert_count", 0):
+        raise NotImplementedError(f"{source}.expert_count: of mixtures of experts only qwen3moe is supported")
     tokens = metadata.get("tokenizer.ggml.tokens")
     hidden, heads = size("embedding_length"), size("attention.head_count")
     head_dim = size("attention.key_length", hidden // max(1, heads))
@@ -88,7 +102,7 @@ def read_config(metadata: Mapping[str, Any], tensors: Iterable[RawTensor]) -> Mo
     window = get("attention.sliding_window")
     if architecture == "llama" and window:
         architecture = "mistral"  # the same decoder; only Mistral's config.json can say so
-    if architecture in ("qwen2", "qwen3") and window:
+    if architecture.startswith("qwen") and window:
         raise NotImplementedError(f"{source}.attention.sliding_window is not supported for Qwen models")
     if architecture in ("llama", "mistral") and qkv_bias != o_bias:
         raise NotImplementedError(f"{source}: biases on only some attention projections are not supported")
@@ -106,11 +120,12 @@ def read_config(metadata: Mapping[str, Any], tensors: Iterable[RawTensor]) -> Mo
         max_position_embeddings=size("context_length", 2048),
         tie_word_embeddings="output.weight" not in named,
         rope_scaling=_rope_scaling(get, named.get("rope_freqs.weight"), head_dim),
-        qk_norm=architecture == "qwen3",
+        qk_norm=architecture in ("qwen3", "qwen3_moe"),
         qkv_bias=qkv_bias,
         o_bias=o_bias,
         mlp_bias="blk.0.ffn_down.bias" in named,
         sliding_window=size("attention.sliding_window") if window else None,
+        mixture=mixture,
     )
 
 

@@ -27,6 +27,13 @@ TYPES: dict[str, Any] = {
     "attention_bias": bool | None,
     "mlp_bias": bool | None,
     "use_sliding_window": bool | None,
+    "num_experts": int | None,
+    "num_local_experts": int | None,
+    "num_experts_per_tok": int | None,
+    "moe_intermediate_size": int | None,
+    "norm_topk_prob": bool | None,
+    "decoder_sparse_step": int,
+    "mlp_only_layers": tuple[int, ...] | None,
 }
 """Of the keys that are read."""
 ROPE_TYPES: dict[str, Any] = {

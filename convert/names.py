@@ -6,9 +6,10 @@ from typing import Literal
 
 import numpy as np
 
+from convert.stacked import unstack
 from convert.tensors import RawTensor
 from svsk_jax.model.config import ModelConfig
-from svsk_jax.model.parameters import parameter_shapes
+from svsk_jax.model.parameters import EXPERT_LINEARS, EXPERTS, parameter_shapes
 
 Format = Literal["hf", "gguf"]
 LISTED = 20
@@ -42,6 +43,7 @@ LAYER = (
     Name("attention.q_norm.scale", "self_attn.q_norm.weight", "attn_q_norm.weight"),
     Name("attention.k_norm.scale", "self_attn.k_norm.weight", "attn_k_norm.weight"),
     Name("mlp_norm.scale", "post_attention_layernorm.weight", "ffn_norm.weight"),
+    Name("mlp.router.weight", "mlp.gate.weight", "ffn_gate_inp.weight"),
     Name("mlp.gate.weight", "mlp.gate_proj.weight", "ffn_gate.weight"),
     Name("mlp.gate.bias", "mlp.gate_proj.bias", "ffn_gate.bias"),
     Name("mlp.up.weight", "mlp.up_proj.weight", "ffn_up.weight"),
@@ -49,6 +51,11 @@ LAYER = (
     Name("mlp.down.weight", "mlp.down_proj.weight", "ffn_down.weight"),
     Name("mlp.down.bias", "mlp.down_proj.bias", "ffn_down.bias"),
 )
+EXPERT = tuple(
+    Name(f"{EXPERTS}.{{}}.{name}.weight", f"mlp.experts.{{}}.{name}_proj.weight", f"ffn_{name}.{{}}.weight")
+    for name in EXPERT_LINEARS
+)
+"""Of one expert, by its number."""
 LAYER_PREFIX = {"hf": "model.layers.{}.", "gguf": "blk.{}."}
 
 
@@ -66,13 +73,22 @@ def source_names(config: ModelConfig, format: Format) -> dict[str, Name]:
     names = {name.path: name for name in OUTER if name.path in shapes}
     for index in range(config.num_layers):
         prefix = LAYER_PREFIX[format].format(index)
-        for name in LAYER:
+        for name in (*LAYER, *_experts(config)):
             path = f"layers.{index}.{name.path}"
             if path in shapes:
                 names[path] = dataclasses.replace(
                     name, **{"path": path, format: prefix + getattr(name, format)}
                 )
     return names
+
+
+def _experts(config: ModelConfig) -> list[Name]:
+    count = 0 if config.mixture is None else config.mixture.num_experts
+    return [
+        Name(name.path.format(number), name.hf.format(number), name.gguf.format(number))
+        for number in range(count)
+        for name in EXPERT
+    ]
 
 
 def match_tensors(
@@ -92,7 +108,7 @@ def match_tensors(
     paths = {_plain(getattr(name, format), format): path for path, name in names.items()}
     matched: dict[str, Source] = {}
     unknown, twice, misshapen = [], [], []
-    for tensor in tensors:
+    for tensor in unstack(tensors, config, format):
         if _ignored(tensor.name, config, format):
             continue
         path = paths.get(_plain(tensor.name, format))

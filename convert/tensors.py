@@ -20,6 +20,8 @@ class RawTensor:
     dtype: str
     read: Callable[[int, int], np.ndarray]
     readable: bool = True
+    slab_rows: int | None = None
+    """Rows converted at a time; None for about `CHUNK_VALUES` values."""
 
     def to_numpy(self, dtype: DTypeLike) -> np.ndarray:
         """All values as `dtype`, converted slab by slab.
@@ -59,6 +61,7 @@ class RawTensor:
 
     def _slabs(self) -> Iterator[tuple[int, int]]:
         rows = self.shape[0]
-        step = max(1, CHUNK_VALUES * rows // max(1, int(np.prod(self.shape, dtype=np.int64))))
+        values = max(1, int(np.prod(self.shape, dtype=np.int64)))
+        step = self.slab_rows or max(1, CHUNK_VALUES * rows // values)
         for start in range(0, rows, step):
             yield start, min(rows, start + step)

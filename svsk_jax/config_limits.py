@@ -2,10 +2,12 @@
 
 import dataclasses
 
-from svsk_jax.model.config import ModelConfig
+from svsk_jax.model.config import Mixture, ModelConfig
 
 MAX_LAYERS = 10_000
 """Parameters are listed layer by layer, so their number bounds time and memory."""
+MAX_EXPERTS = 200_000
+"""In all layers, for the same reason."""
 MAX_SIZE = 2**31 - 1
 """JAX's default integers are int32."""
 
@@ -38,6 +40,8 @@ def check_config(config: ModelConfig, name: str) -> ModelConfig:
             f"{name}: rope_theta must be above 0 and rms_norm_eps at least 0, got {config.rope_theta} and "
             f"{config.rms_norm_eps}"
         )
+    if config.mixture is not None:
+        _check_mixture(config.mixture, config.num_layers, name)
     scaling = config.rope_scaling
     if scaling is not None:
         numbers = (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor)
@@ -50,3 +54,17 @@ def check_config(config: ModelConfig, name: str) -> ModelConfig:
                 f"{name}: rope_scaling has {len(scaling.factors)} factors, expected {config.head_dim // 2}"
             )
     return config
+
+
+def _check_mixture(mixture: Mixture, layers: int, name: str) -> None:
+    sizes = (mixture.num_experts, mixture.moe_intermediate_size, mixture.decoder_sparse_step)
+    if max(sizes) > MAX_SIZE or layers * mixture.num_experts > MAX_EXPERTS:
+        raise ValueError(
+            f"{name}: {layers} layers of {mixture.num_experts} experts of {mixture.moe_intermediate_size} "
+            f"hidden units are beyond what is taken: {MAX_EXPERTS:,} experts in all, sizes of {MAX_SIZE:,}"
+        )
+    outside = [index for index in mixture.mlp_only_layers if not 0 <= index < layers]
+    if outside:
+        raise ValueError(
+            f"{name}: mlp_only_layers names layer {outside[0]}, the model has layers 0 to {layers - 1}"
+        )

@@ -149,7 +149,9 @@ def sizes(row: Row, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, float]:
 
     The file of every row has embedding and head in int8 with an f16 scale per 64, whatever its own has.
     """
-    rest = predict(shapes, QUANTIZED_LINEARS, recipe("q4"))
+    endings = tuple(f".{name}.weight" for name in QUANTIZED_LINEARS)
+    linears = [path.removesuffix(".weight") for path in shapes if path.endswith(endings)]
+    rest = predict(shapes, linears, recipe("q4"))
     outside = rest.total_bytes - rest.linear_bytes
     return {
         "bits_linears": 8 * row.linear_bytes / rest.linear_weights,

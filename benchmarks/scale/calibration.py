@@ -43,7 +43,8 @@ def calibration(tiny: bool, report: Callable[..., None]) -> None:
             alone = rate, one
             report(devices=1, seconds=seconds, tokens_per_second=rate)
             continue
-        errors = {name: relative(one[name].total, alone[1][name].total) for name in one}
+        totals = {name: jnp.asarray(alone[1][name].total) for name in one}
+        errors = {name: relative(one[name].total, total) for name, total in totals.items()}
         report(
             devices=devices,
             seconds=seconds,

@@ -23,7 +23,7 @@ def quantization(tiny: bool, report: Callable[..., None]) -> None:
     config = recipe("svsk-r16")
     if tiny:
         config = dataclasses.replace(config, beam_width=1)
-    shapes = layer_shapes(config_of(tiny))
+    shapes = layer_shapes(config_of(tiny), 0)
     for name in LINEARS:
         n, k = shapes[f"{name}.weight"]
         x = jax.random.normal(jax.random.key(0), (2 * k, k)) * jnp.linspace(0.2, 2, k)

@@ -98,7 +98,7 @@ def measure(config: ModelConfig, name: str, layers: int, chunks: int, work: Path
         statistics=Statistics.open(statistics),
         on_progress=laps,
     )
-    block = 2 * sum(int(np.prod(shape)) for shape in layer_shapes(few).values()) / 1e6
+    block = 2 * sum(int(np.prod(shape)) for shape in layer_shapes(few, 0).values()) / 1e6
     once = {
         "load": manifest["seconds"].get("load", 0.0) + result.seconds.get("load", 0.0),
         "write": result.seconds.get("write", 0.0),

@@ -31,7 +31,9 @@ MOST_RUNS, ENOUGH_SECONDS = 5, 2.0
 RANK = 4
 """Of every sidecar tile."""
 
-MODELS = {name: KNOWN[name] for name in ("Qwen3-4B", "Qwen3-8B", "Qwen3-32B")}
+MODELS = {
+    name: KNOWN[name] for name in ("Qwen3-4B", "Qwen3-8B", "Qwen3-32B", "Qwen3-30B-A3B", "Qwen3-235B-A22B")
+}
 
 
 def measured_shapes(largest: int) -> list[Shape]:
@@ -119,7 +121,7 @@ def estimate(config: QuantConfig, largest: int) -> dict[str, Any]:
     for name, row in models.items():
         hours = [row[f"{stage}_seconds"] / 3600 for stage in ("plan", "quantize")]
         print(
-            f"    {name:<10} plan {hours[0]:7.2f} h, quantize {hours[1]:7.2f} h, device memory "
+            f"    {name:<15} plan {hours[0]:7.2f} h, quantize {hours[1]:7.2f} h, device memory "
             f"{row['device_bytes'] / 1e9:5.1f} GB, statistics {row['statistics_bytes'] / 1e9:6.1f} GB on disk"
         )
     return {

@@ -8,6 +8,7 @@ from pallas_kernels.svsk_matmul.api import (
     why_no_triton,
 )
 from pallas_kernels.svsk_matmul.reference import dequantize
+from pallas_kernels.svsk_matmul.stack import common_form, stack
 from pallas_kernels.svsk_matmul.transposed import (
     TransposedInt8Weight,
     TransposedWeight,
@@ -29,9 +30,11 @@ __all__ = [
     "TransposedWeight",
     "TritonInt8Weight",
     "TritonWeight",
+    "common_form",
     "dequantize",
     "lay_out",
     "lay_out_int8",
+    "stack",
     "svsk_matmul",
     "take_rows",
     "transpose",

@@ -11,7 +11,9 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from svsk_jax.calibration.block_inputs import BlockInputs
+from svsk_jax.calibration.experts import OUTPUTS
 from svsk_jax.calibration.sensitivity import (
+    TOKENS,
     Sensitivities,
     add_up_blocks,
     head_gradient,
@@ -152,18 +154,19 @@ class Walk:
         tokens = jnp.int32(self.kept_chunks * self.length)
         return {
             name: OutputSensitivity(
-                blocks=each,
+                blocks=blocks[name],
                 weights=jnp.concatenate([batch[name] for batch in weights])[: self.kept_chunks],
-                tokens=tokens,
+                tokens=blocks[f"{name}{TOKENS}"] if name in OUTPUTS else tokens,
             )
-            for name, each in blocks.items()
+            for name in weights[0]
         }
 
     def _batch(self, by_chunk: jax.Array, batch: int) -> jax.Array:
         """One batch's rows, zeros for its padding."""
         start = batch * self.batch_chunks
         rows = by_chunk[start : start + self.batch_chunks]
-        return jnp.pad(rows, ((0, self.batch_chunks - len(rows)), (0, 0)))
+        missing = self.batch_chunks - len(rows)
+        return jnp.pad(rows, ((0, missing), *((0, 0),) * (rows.ndim - 1)))
 
 
 def _wait_for(last: Any, moments: Moments) -> Any:

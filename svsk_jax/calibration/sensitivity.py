@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from svsk_jax.calibration.statistics import MomentSums, device_moment, no_sums, partial_sums
+from svsk_jax.calibration.experts import OUTPUTS, PLACES, Routed
+from svsk_jax.calibration.statistics import MomentSums, device_moment, no_sums, own, partial_sums
 from svsk_jax.model.decoder import Decoder, DecoderLayer
 from svsk_jax.model.parameters import LINEAR_INPUTS
 from svsk_jax.parallel import DATA, MODEL, sharding
@@ -18,7 +19,12 @@ WEIGHT_CLIP = 10.0
 """Largest weight of a token, as a multiple of the mean weight."""
 
 Sensitivities = dict[str, OutputSensitivity]
-"""The output sensitivity of each linear of a layer, by path within it."""
+"""The output sensitivity of each linear of a layer, by path within it (of experts while a layer is walked,
+see `calibration.experts`)."""
+TOKENS = ".tokens"
+"""Ending of the counts of experts' tokens, beside their sums of blocks."""
+READS = LINEAR_INPUTS | OUTPUTS
+"""What each linear whose output is tapped reads."""
 
 Blocks = dict[str, jax.Array]
 """Σ g gᵀ of each linear in diagonal blocks, f32 [tiles, m, m]; before they are added up, each device's own,
@@ -84,13 +90,9 @@ def head_gradient(
 @partial(jax.jit, static_argnames="mesh")
 def no_blocks(layer: DecoderLayer, x: Float[Array, "b t d"], mesh: Mesh) -> Blocks:
     """The sums of `layer_sensitivity` before a layer's first batch."""
-    positions = jnp.arange(x.shape[1], dtype=jnp.int32)
-    outputs = jax.eval_shape(lambda x: _linear_outputs(layer, x, positions), x)
-    like = jax.eval_shape(lambda outputs: {name: _blocks(g) for name, g in outputs.items()}, outputs)
-    devices = (mesh.shape[DATA], mesh.shape[MODEL])
-    return no_sums(
-        {name: jax.ShapeDtypeStruct((*devices, *each.shape), each.dtype) for name, each in like.items()}, mesh
-    )
+    # Only shapes are taken from it, and XLA drops what nobody reads.
+    _, like, _ = _felt(layer, x, x, mesh)
+    return no_sums(like, mesh)
 
 
 @partial(jax.jit, static_argnames="mesh", donate_argnames=("upstream", "sums"))
@@ -100,7 +102,7 @@ def layer_sensitivity(
     upstream: Float[Array, "b t d"],
     sums: Blocks,
     mesh: Mesh,
-) -> tuple[Float[Array, "b t d"], Blocks, dict[str, Float[Array, "b t"]]]:
+) -> tuple[Float[Array, "b t d"], Blocks, dict[str, Float[Array, "b t *slots"]]]:
     """One layer of the backward walk: a vjp from the layer's input and the gradient at its output.
 
     Args:
@@ -112,37 +114,56 @@ def layer_sensitivity(
 
     Returns:
         The gradient at the layer's input, divided like x; Σ g gᵀ of each linear in diagonal blocks, each
-        device's own sum, with this batch's share; and mean(g²) of each token, replicated. f32.
+        device's own sum, with this batch's share; and mean(g²) of each token, replicated. f32. Of experts
+        the blocks have an axis of experts in front, the weights one of a token's slots behind, and
+        `<linear>.tokens` counts each expert's tokens.
     """
 
+    below, blocks, weights = _felt(layer, x, upstream, mesh)
+    return below, {name: sums[name] + blocks[name] for name in sums}, weights
+
+
+def _felt(
+    layer: DecoderLayer, x: jax.Array, upstream: jax.Array, mesh: Mesh
+) -> tuple[jax.Array, Blocks, dict[str, jax.Array]]:
     def local(layer, x, upstream):
         positions = jnp.arange(x.shape[1], dtype=jnp.int32)
 
         def run(x, probes):
+            places = {}
+
             def tap(name, value):
+                if name in PLACES:
+                    places[name] = value
                 return value + probes[name] if name in probes else value
 
-            return layer(x, positions, tap=tap)[0]
+            return layer(x, positions, tap=tap)[0], places
 
         outputs = jax.eval_shape(lambda x: _linear_outputs(layer, x, positions), x)
         probes = {name: jnp.zeros(like.shape, like.dtype) for name, like in outputs.items()}
-        _, pull = jax.vjp(run, x, probes)
+        _, pull, places = jax.vjp(run, x, probes, has_aux=True)
         below, gradients = pull(upstream)
-        blocks = {name: _blocks(g)[None, None] for name, g in gradients.items()}
+        blocks = {name: _blocks(g) for name, g in gradients.items() if name not in OUTPUTS}
         weights = {
             name: jnp.mean(jnp.square(g.astype(jnp.float32)), axis=-1) for name, g in gradients.items()
         }
-        return below, blocks, jax.lax.all_gather(weights, (DATA, MODEL), tiled=True)
+        if places:
+            routed = Routed(layer, places)
+            for name in OUTPUTS:
+                height = min(SENSITIVITY_TILE, gradients[name].shape[-1])
+                blocks[name] = routed.blocks(gradients[name], height)
+                blocks[f"{name}{TOKENS}"] = routed.counts(weights[name])
+                weights[name] = routed.pairs(weights[name], (x.shape[0], x.shape[1]))
+        return below, own(blocks), jax.lax.all_gather(weights, (DATA, MODEL), tiled=True)
 
     whole, chunks = sharding(mesh).spec, sharding(mesh, "chunks").spec
-    below, blocks, weights = jax.shard_map(
+    return jax.shard_map(
         local,
         mesh=mesh,
         in_specs=(whole, chunks, chunks),
         out_specs=(chunks, partial_sums(mesh).spec, whole),
         check_vma=False,
     )(layer, x, upstream)
-    return below, {name: sums[name] + blocks[name] for name in sums}, weights
 
 
 @partial(jax.jit, static_argnames="mesh")
@@ -158,7 +179,7 @@ def _linear_outputs(layer: DecoderLayer, x: jax.Array, positions: jax.Array) -> 
     seen = {}
 
     def tap(name, value):
-        if name in LINEAR_INPUTS:
+        if name in READS:
             seen[name] = value
         return value
 
@@ -166,23 +187,30 @@ def _linear_outputs(layer: DecoderLayer, x: jax.Array, positions: jax.Array) -> 
     return seen
 
 
-def token_weights(sensitivities: Sensitivities) -> dict[str, Float[Array, "chunks t"]]:
+def token_weights(sensitivities: Sensitivities) -> dict[str, Float[Array, "chunks t *slots"]]:
     """For each activation that linears read, the weight of each of its tokens: the mean over those linears of
-    mean(g²), each scaled to a mean of 1, clipped at 10."""
+    mean(g²), each scaled to a mean of 1, clipped at 10. A mixture's experts are scaled together."""
     weights: dict[str, list[jax.Array]] = {}
     for linear, sensitivity in sensitivities.items():
-        mean = jnp.sum(sensitivity.weights) / jnp.maximum(sensitivity.tokens.astype(jnp.float32), 1.0)
-        scaled = sensitivity.weights / jnp.where(mean > 0, mean, 1.0)
-        weights.setdefault(LINEAR_INPUTS[linear], []).append(scaled)
+        tokens = jnp.sum(sensitivity.tokens).astype(jnp.float32)
+        mean = jnp.sum(sensitivity.weights) / jnp.maximum(tokens, 1.0)
+        scaled = jnp.asarray(sensitivity.weights) / jnp.where(mean > 0, mean, 1.0)
+        weights.setdefault(READS[linear], []).append(scaled)
     return {name: jnp.minimum(sum(parts) / len(parts), WEIGHT_CLIP) for name, parts in weights.items()}
 
 
 def _weighted(layer: DecoderLayer, x: jax.Array, weights: dict[str, jax.Array], mesh: Mesh) -> MomentSums:
     def local(layer, x, weights):
         seen: MomentSums = {}
+        places = {}
 
         def tap(name, value):
-            if name in weights:
+            if name in PLACES:
+                places[name] = value
+            elif name in weights and name not in LINEAR_INPUTS.values():
+                routed = Routed(layer, places)
+                seen[name] = own(routed.moments(value, routed.rows(weights[name].reshape(-1)), True))
+            elif name in weights:
                 seen[name] = device_moment(value, weights[name], True, mesh.shape[MODEL])
             return value
 
@@ -203,7 +231,7 @@ def _weighted(layer: DecoderLayer, x: jax.Array, weights: dict[str, jax.Array], 
 def weighted_moments(
     layer: DecoderLayer,
     x: Float[Array, "b t d"],
-    weights: dict[str, Float[Array, "b t"]],
+    weights: dict[str, Float[Array, "b t *slots"]],
     sums: MomentSums,
     mesh: Mesh,
 ) -> MomentSums:

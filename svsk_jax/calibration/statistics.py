@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Float32
 
+from svsk_jax.calibration.experts import INPUTS, PLACES, Routed
 from svsk_jax.model.decoder import DecoderLayer
 from svsk_jax.model.parameters import LINEAR_INPUTS
 from svsk_jax.parallel import MODEL, sharding
@@ -21,11 +22,13 @@ from svsk_jax.parallel.placement import put
 from svsk_jax.quant.types import InputMoment
 
 Moments = dict[str, InputMoment]
-"""The moment of each activation that linears read, by name (`parameters.LINEAR_INPUTS`)."""
+"""The moment of each activation that linears read, by name (`parameters.linear_inputs`; of experts while a
+layer is walked, see `calibration.experts`)."""
 
 MomentSums = dict[str, InputMoment]
 """Moments that are still to be added up: `total` [data, rows, K], rows padded to a multiple of `model`, or of
-diagonals [data, model, K]; `tokens` [data, model]. Divided over both axes of the mesh."""
+diagonals [data, model, K]; `tokens` [data, model]. Of experts each device has its own chunks', [data, model,
+experts, …]. Divided over both axes of the mesh."""
 
 
 def device_moment(
@@ -49,6 +52,11 @@ def device_moment(
     return InputMoment(total=total[None], tokens=tokens)
 
 
+def own(sums: Any) -> Any:
+    """What one device has of sums of its own chunks, within `shard_map`: two axes in front."""
+    return jax.tree.map(lambda each: each[None, None], sums)
+
+
 def partial_sums(mesh: Mesh) -> NamedSharding:
     """How sums are divided that each device makes of its own chunks or rows, in their first two axes."""
     return sharding(mesh, "group_sums", "moment_rows")
@@ -59,12 +67,17 @@ def _measured(
 ) -> tuple[jax.Array, MomentSums]:
     def local(layer, x, mask):
         seen: MomentSums = {}
-        inputs = set(LINEAR_INPUTS.values())
+        inputs, places = set(LINEAR_INPUTS.values()), {}
         weights = jnp.broadcast_to(mask[:, None], x.shape[:2])
 
         def tap(name: str, value: jax.Array) -> jax.Array:
             if name in inputs:
                 seen[name] = device_moment(value, weights, full, mesh.shape[MODEL])
+            elif name in PLACES:
+                places[name] = value
+            elif name in INPUTS:
+                routed = Routed(layer, places)
+                seen[name] = own(routed.moments(value, routed.rows_of_chunks(mask, x.shape[1]), full))
             return value
 
         positions = jnp.arange(x.shape[1], dtype=jnp.int32)
@@ -126,10 +139,13 @@ def layer_moments(
 
 @partial(jax.jit, static_argnames=("mesh", "full"))
 def add_up(sums: MomentSums, mesh: Mesh, full: bool) -> Moments:
-    """The moments of all batches: rows of full ones divided over `model` where they divide, the rest
-    replicated."""
+    """The moments of all batches: rows of full ones divided over `model` where they divide, the rest, and
+    those of experts, replicated."""
 
-    def total(each: InputMoment) -> InputMoment:
+    def total(name: str, each: InputMoment) -> InputMoment:
+        if name in INPUTS:
+            summed = jax.tree.map(lambda value: jnp.sum(value, axis=(0, 1)), each)
+            return jax.lax.with_sharding_constraint(summed, sharding(mesh))
         value = jnp.sum(each.total, axis=0)
         value = value[: value.shape[1]] if full else jnp.sum(value, axis=0)
         divides = full and len(value) % mesh.shape[MODEL] == 0
@@ -139,7 +155,7 @@ def add_up(sums: MomentSums, mesh: Mesh, full: bool) -> Moments:
             tokens=jax.lax.with_sharding_constraint(jnp.sum(each.tokens), sharding(mesh)),
         )
 
-    return {name: total(each) for name, each in sums.items()}
+    return {name: total(name, each) for name, each in sums.items()}
 
 
 def embed_batches(

@@ -3,9 +3,9 @@ across recipes."""
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,10 +17,10 @@ from svsk_jax.calibration.sensitivity import Sensitivities
 from svsk_jax.calibration.statistics import Moments
 from svsk_jax.calibration.stored_arrays import (
     AGAIN,
+    StoredArrays,
     check_file,
     check_tokens,
     moment_forms,
-    read_arrays,
     sensitivity_forms,
 )
 from svsk_jax.json_data import read_json_object
@@ -33,6 +33,7 @@ MANIFEST = "calibration.json"
 TOKENS = "tokens.safetensors"
 FORMAT = 3
 WEIGHTED = "weighted."
+T = TypeVar("T")
 
 
 def _moments_file(folder: Path, index: int) -> Path:
@@ -50,7 +51,7 @@ def write_tokens(folder: Path, ids: np.ndarray) -> None:
 
 def read_tokens(folder: Path) -> np.ndarray:
     """The chunks of tokens stored in a folder of statistics, int32 [chunks, length]."""
-    return read_arrays(folder / TOKENS)["ids"]
+    return StoredArrays(folder / TOKENS)["ids"]
 
 
 def kept_chunks(path: Path, make: Callable[[], Chunks]) -> Chunks:
@@ -107,12 +108,44 @@ def _plain_moments(moments: Moments) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _moments(arrays: Mapping[str, np.ndarray]) -> Moments:
-    return {
-        name: InputMoment(total=jnp.asarray(value), tokens=jnp.asarray(arrays[f"{name}.tokens"][0]))
-        for name, value in arrays.items()
-        if not name.endswith(".tokens")
-    }
+class _Stored(Mapping[str, T]):
+    """Statistics of one kind in a file, by name."""
+
+    def __init__(self, arrays: StoredArrays, names: Iterable[str]):
+        self.arrays, self.names = arrays, dict.fromkeys(names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class _StoredMoments(_Stored[InputMoment]):
+    def __init__(self, arrays: StoredArrays, prefix: str = ""):
+        stems = [name.removesuffix(".tokens") for name in arrays if name.endswith(".tokens")]
+        named = [name for name in stems if name in arrays and name.startswith(prefix)]
+        super().__init__(arrays, (name.removeprefix(prefix) for name in named))
+        self.prefix = prefix
+
+    def __getitem__(self, name: str) -> InputMoment:
+        stem = f"{self.prefix}{name}"
+        total, tokens = self.arrays[stem], self.arrays[f"{stem}.tokens"]
+        return InputMoment(total=jnp.asarray(total), tokens=jnp.asarray(tokens[0]))
+
+
+class _StoredSensitivities(_Stored[OutputSensitivity]):
+    def __init__(self, arrays: StoredArrays):
+        super().__init__(arrays, (n.removesuffix(".blocks") for n in arrays if n.endswith(".blocks")))
+
+    def __getitem__(self, name: str) -> OutputSensitivity:
+        blocks, weights, tokens = (self.arrays[f"{name}.{part}"] for part in ("blocks", "weights", "tokens"))
+        return OutputSensitivity(
+            blocks=jnp.asarray(blocks), weights=jnp.asarray(weights), tokens=jnp.asarray(tokens[0])
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,10 +188,10 @@ class Statistics:
     def check_layers(self, config: ModelConfig) -> None:
         """Refuse files that are missing, or whose headers are not those of this model's statistics."""
         for index in range(config.num_layers):
-            check_file(_moments_file(self.folder, index), moment_forms(config, self.has_full_moments))
+            check_file(_moments_file(self.folder, index), moment_forms(config, index, self.has_full_moments))
             if self.has_sensitivity:
-                check_file(_sensitivity_file(self.folder, index), sensitivity_forms(config, WEIGHTED))
-        check_tokens(read_arrays(self.folder / TOKENS).get("ids"), config, self.folder / TOKENS)
+                check_file(_sensitivity_file(self.folder, index), sensitivity_forms(config, index, WEIGHTED))
+        check_tokens(StoredArrays(self.folder / TOKENS).get("ids"), config, self.folder / TOKENS)
 
     @property
     def has_full_moments(self) -> bool:
@@ -174,28 +207,17 @@ class Statistics:
         """The chunks of tokens that were measured on, int32 [chunks, length]."""
         return read_tokens(self.folder)
 
-    def layer(self, index: int) -> Moments:
-        """Moments of one layer."""
-        return _moments(read_arrays(_moments_file(self.folder, index)))
+    def layer(self, index: int) -> Mapping[str, InputMoment]:
+        """Moments of one layer, each read when it is asked for."""
+        return _StoredMoments(StoredArrays(_moments_file(self.folder, index)))
 
-    def sensitivities(self, index: int) -> tuple[Sensitivities, Moments]:
-        """Output sensitivities and weighted moments of one layer; empty without a Fisher pass."""
+    def sensitivities(self, index: int) -> tuple[Mapping[str, OutputSensitivity], Mapping[str, InputMoment]]:
+        """Output sensitivities and weighted moments of one layer, each read when it is asked for; empty
+        without a Fisher pass."""
         if not self.has_sensitivity:
             return {}, {}
-        arrays = read_arrays(_sensitivity_file(self.folder, index))
-        weighted = {
-            name.removeprefix(WEIGHTED): value for name, value in arrays.items() if name.startswith(WEIGHTED)
-        }
-        linears = [name.removesuffix(".blocks") for name in arrays if name.endswith(".blocks")]
-        sensitivities = {
-            name: OutputSensitivity(
-                blocks=jnp.asarray(arrays[f"{name}.blocks"]),
-                weights=jnp.asarray(arrays[f"{name}.weights"]),
-                tokens=jnp.asarray(arrays[f"{name}.tokens"][0]),
-            )
-            for name in linears
-        }
-        return sensitivities, _moments(weighted)
+        arrays = StoredArrays(_sensitivity_file(self.folder, index))
+        return _StoredSensitivities(arrays), _StoredMoments(arrays, WEIGHTED)
 
 
 def finish(folder: Path, manifest: Mapping[str, Any]) -> None:

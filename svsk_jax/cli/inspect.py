@@ -8,7 +8,8 @@ import numpy as np
 from rich.table import Table
 
 from svsk_jax.cli.common import ModelFlags, Verb, console
-from svsk_jax.model.parameters import QUANTIZED_LINEARS, parameter_shapes
+from svsk_jax.model.config import ModelConfig
+from svsk_jax.model.parameters import parameter_shapes, quantized_paths
 from svsk_jax.model.source import ModelSource
 from svsk_jax.models import open_model
 from svsk_jax.pipeline.progress import geometric_mean
@@ -24,7 +25,7 @@ class Inspect(ModelFlags, Verb):
         """Inspect."""
         source = open_model(self.model, revision=self.revision)
         rows = _saved_rows(source) if isinstance(source, SavedModel) else _shape_rows(source)
-        totals = _totals(rows)
+        totals = _totals(rows, source.config)
         metadata = source.metadata if isinstance(source, SavedModel) else {}
         about = {
             key: metadata[key] for key in ("recipe", "calibration", "source", "versions") if key in metadata
@@ -69,13 +70,13 @@ def _bits(rows: list[dict[str, Any]]) -> float | None:
     return 8 * sum(row["bytes"] for row in rows) / weights
 
 
-def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    endings = tuple(f".{name}.weight" for name in QUANTIZED_LINEARS)
+def _totals(rows: list[dict[str, Any]], config: ModelConfig) -> dict[str, Any]:
+    linears = {f"{name}.weight" for name in quantized_paths(config)}
     sizes = [row["bytes"] for row in rows]
     return {
         "parameters": sum(int(np.prod(row["shape"])) for row in rows),
         "bytes": None if None in sizes else sum(sizes),
-        "decoder_linear_bits": _bits([row for row in rows if row["path"].endswith(endings)]),
+        "decoder_linear_bits": _bits([row for row in rows if row["path"] in linears]),
         "file_bits": _bits(rows),
         "geometric_mean_layer_error": geometric_mean(
             [row["error"] for row in rows if row["error"] is not None]

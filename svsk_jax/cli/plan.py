@@ -25,8 +25,8 @@ class PlanRun(RecipeFlags, Verb):
     configuration alone, before any weights are read."""
 
     model: Annotated[str, tyro.conf.arg(aliases=("-m",))]
-    """A name (Qwen3-0.6B, 1.7B, 4B, 8B, 14B or 32B; Llama-3-8B or 70B; SmolLM2-135M), a folder with a
-    config.json, a .gguf file, or a hub id, of which only config.json is fetched."""
+    """A name (Qwen3-0.6B, 1.7B, 4B, 8B, 14B, 32B, 30B-A3B or 235B-A22B; Llama-3-8B or 70B; SmolLM2-135M), a
+    folder with a config.json, a .gguf file, or a hub id, of which only config.json is fetched."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     costs: Path | None = None

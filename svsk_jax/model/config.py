@@ -6,12 +6,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-Architecture = Literal["llama", "mistral", "qwen2", "qwen3"]
+Architecture = Literal["llama", "mistral", "qwen2", "qwen3", "qwen3_moe"]
 HF_CLASSES: dict[str, Architecture] = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
 }
 
 
@@ -34,8 +35,44 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """Experts in place of an MLP: each token goes to the `num_experts_per_tok` whose router probability is
+    largest, and their outputs are summed with these probabilities as weights.
+
+    Invariants, checked on construction: every number is positive, and no more experts are asked for than
+    there are.
+    """
+
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    """Hidden units of one expert."""
+    norm_topk_prob: bool = False
+    """Whether the weights of a token are scaled to a sum of 1."""
+    decoder_sparse_step: int = 1
+    """Layers step - 1, 2 step - 1, ... have experts."""
+    mlp_only_layers: tuple[int, ...] = ()
+    """Layers that have a dense MLP all the same."""
+
+    def __post_init__(self):
+        for field in ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step"):
+            if getattr(self, field) <= 0:
+                raise ValueError(f"config.json: {field} must be positive, got {getattr(self, field)}")
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"config.json: num_experts_per_tok {self.num_experts_per_tok} is more than the "
+                f"{self.num_experts} experts"
+            )
+
+    def has_experts(self, index: int) -> bool:
+        """Whether decoder layer `index` has experts."""
+        return index not in self.mlp_only_layers and (index + 1) % self.decoder_sparse_step == 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A pre-norm decoder with RMSNorm, rotary attention with grouped KV heads, and a SiLU-gated MLP.
+    """A pre-norm decoder with RMSNorm, rotary attention with grouped KV heads, and a SiLU-gated MLP or a
+    mixture of such experts.
 
     Invariants, checked on construction: `num_heads` is a multiple of `num_kv_heads`, `head_dim` is even,
     every size is positive.
@@ -59,6 +96,8 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     sliding_window: int | None = None
+    mixture: Mixture | None = None
+    """The experts of the layers that have some; None where all are dense."""
 
     def __post_init__(self):
         for field in (
@@ -79,6 +118,10 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"config.json: head_dim must be even for rotary embeddings, got {self.head_dim}")
+
+    def has_experts(self, index: int) -> bool:
+        """Whether decoder layer `index` has a mixture of experts for its MLP."""
+        return self.mixture is not None and self.mixture.has_experts(index)
 
     @property
     def inverse_frequencies(self) -> np.ndarray:
@@ -138,7 +181,7 @@ class ModelConfig:
             raise ValueError(
                 f"config.json: expected integers under {', '.join(missing)}; is the file complete?"
             )
-        if architecture in ("qwen2", "qwen3") and config.get("use_sliding_window"):
+        if architecture.startswith("qwen") and config.get("use_sliding_window"):
             raise NotImplementedError("config.json: use_sliding_window=true is not supported for Qwen models")
         heads = config["num_attention_heads"]
         bias = bool(config.get("attention_bias", False))
@@ -158,11 +201,12 @@ class ModelConfig:
             max_position_embeddings=config.get("max_position_embeddings", 2048),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             rope_scaling=_rope_scaling(rope or config.get("rope_scaling")),
-            qk_norm=architecture == "qwen3",
+            qk_norm=architecture in ("qwen3", "qwen3_moe"),
             qkv_bias=bias or architecture == "qwen2",
             o_bias=bias,
             mlp_bias=bool(config.get("mlp_bias", False)),
             sliding_window=config.get("sliding_window") if architecture == "mistral" else None,
+            mixture=_mixture(config) if architecture == "qwen3_moe" else None,
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -190,12 +234,15 @@ class ModelConfig:
             "max_position_embeddings": self.max_position_embeddings,
             "tie_word_embeddings": self.tie_word_embeddings,
         }
-        if self.architecture in ("llama", "qwen3"):
+        if self.architecture in ("llama", "qwen3", "qwen3_moe"):
             config["attention_bias"] = self.o_bias
         if self.architecture == "llama":
             config["mlp_bias"] = self.mlp_bias
         if self.architecture == "mistral":
             config["sliding_window"] = self.sliding_window
+        if self.mixture is not None:
+            config |= dataclasses.asdict(self.mixture)
+            config["mlp_only_layers"] = list(self.mixture.mlp_only_layers)
         scaling = self.rope_scaling
         if scaling is not None and scaling.kind == "linear":
             config["rope_scaling"] = {"rope_type": "linear", "factor": scaling.factor}
@@ -216,8 +263,12 @@ class ModelConfig:
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for our own metadata; `from_dict` restores it exactly."""
-        return dataclasses.asdict(self)
+        """Plain data for our own metadata; `from_dict` restores it exactly. Dense models have no `mixture`
+        there: fingerprints of what was measured before there were mixtures stay valid."""
+        data = dataclasses.asdict(self)
+        if self.mixture is None:
+            del data["mixture"]
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "ModelConfig":
@@ -227,7 +278,30 @@ class ModelConfig:
             scaling = dict(fields["rope_scaling"])
             scaling["factors"] = tuple(scaling.get("factors", ()))
             fields["rope_scaling"] = RopeScaling(**scaling)
+        if fields.get("mixture") is not None:
+            mixture = dict(fields["mixture"])
+            mixture["mlp_only_layers"] = tuple(mixture.get("mlp_only_layers", ()))
+            fields["mixture"] = Mixture(**mixture)
         return cls(**fields)
+
+
+def _mixture(config: Mapping[str, Any]) -> Mixture:
+    # transformers 5 writes the number of experts under another name.
+    counts = [config[key] for key in ("num_experts", "num_local_experts") if config.get(key) is not None]
+    sizes: dict[str, Any] = {
+        "num_experts": counts[0] if counts else None,
+        "num_experts_per_tok": config.get("num_experts_per_tok"),
+        "moe_intermediate_size": config.get("moe_intermediate_size"),
+    }
+    missing = [key for key, size in sizes.items() if not isinstance(size, int)]
+    if missing:
+        raise ValueError(f"config.json: expected integers under {', '.join(missing)}; is the file complete?")
+    return Mixture(
+        **sizes,
+        norm_topk_prob=bool(config.get("norm_topk_prob", False)),
+        decoder_sparse_step=config.get("decoder_sparse_step", 1),
+        mlp_only_layers=tuple(config.get("mlp_only_layers") or ()),
+    )
 
 
 def _rope_scaling(scaling: Mapping[str, Any] | None) -> RopeScaling | None:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from svsk_jax.model.attention import Attention, LayerCache
 from svsk_jax.model.config import ModelConfig
+from svsk_jax.model.experts import Experts
 from svsk_jax.model.kv_cache import KVCache
 from svsk_jax.model.linear import Embedding, Linear, join_over, project
 from svsk_jax.model.norm import RMSNorm
@@ -51,7 +52,10 @@ class DecoderLayer(nnx.Module):
         self.input_norm = RMSNorm(parameters["input_norm.scale"], config.rms_norm_eps)
         self.attention = Attention(config, parameters, axis)
         self.mlp_norm = RMSNorm(parameters["mlp_norm.scale"], config.rms_norm_eps)
-        self.mlp = MLP(parameters, axis)
+        if "mlp.router.weight" in parameters:
+            self.mlp = Experts(config, parameters)
+        else:
+            self.mlp = MLP(parameters, axis)
 
     def __call__(
         self,

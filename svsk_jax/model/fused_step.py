@@ -20,7 +20,7 @@ from pallas_kernels.decode_step import (
 )
 from pallas_kernels.svsk_matmul import TritonInt8Weight, TritonWeight, triton_int8, why_no_triton
 from pallas_kernels.svsk_matmul.tuning import batch_of
-from svsk_jax.model.decoder import Decoder, DecoderLayer
+from svsk_jax.model.decoder import MLP, Decoder, DecoderLayer
 from svsk_jax.model.linear import Linear, join_over, sum_over
 
 LARGEST_BATCH = 64
@@ -32,6 +32,8 @@ more launch for each device (`benchmarks.scale.multi_gpu` times both)."""
 
 def why_not_fused(model: Decoder, *, interpret: bool = False) -> str | None:
     """Why `fused_step` can't run this model here, or None if it can."""
+    if model.config.mixture is not None:
+        return "its layers are mixtures of experts"
     if model.config.head_dim not in HEAD_DIMS:
         return f"heads have {model.config.head_dim} columns; known are {HEAD_DIMS}"
     if model.config.num_heads > MOST_QUERIES * model.config.num_kv_heads:
@@ -176,6 +178,7 @@ class _Layer:
 
 
 def _linears(layer: DecoderLayer) -> dict[str, Linear | None]:
+    assert isinstance(layer.mlp, MLP)
     return {
         "attention.qkv": layer.attention.qkv,
         "attention.o": layer.attention.o,

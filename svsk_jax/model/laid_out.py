@@ -16,6 +16,7 @@ from pallas_kernels.svsk_matmul import (
     transpose_int8,
     why_no_triton,
 )
+from svsk_jax.model.experts import is_stack, stack_experts
 from svsk_jax.model.parameters import JOINED_LINEARS
 
 
@@ -68,10 +69,11 @@ def _each(
     int8: Callable[[Int8Weight], Any],
 ) -> dict[str, Any]:
     result = {}
+    parameters = stack_experts(parameters)
     for path in list(parameters):
         value = parameters.pop(path)
         if isinstance(value, SVSKWeight):
-            value = packed(value)
+            value = jax.jit(jax.vmap(packed))(value) if is_stack(path) else packed(value)
         elif isinstance(value, Int8Weight):
             value = int8(value)
         result[path] = value

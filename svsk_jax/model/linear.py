@@ -25,10 +25,14 @@ def to_dense(weight: jax.Array | PackedWeight, dtype: DTypeLike) -> Float[Array,
     return dequantize(weight, dtype) if isinstance(weight, PackedWeight) else weight.astype(dtype)
 
 
-def project(x: Float[Array, "*b k"], weight: Weight) -> Float[Array, "*b n"]:
-    """y = x Wᵀ with W [N, K] of any form; f32 accumulation, y in x's dtype."""
+def project(
+    x: Float[Array, "*b k"], weight: Weight, layer: Int[Array, ""] | None = None
+) -> Float[Array, "*b n"]:
+    """y = x Wᵀ with W [N, K] of any form, or the one at index `layer` of a stack of them; f32 accumulation, y
+    in x's dtype."""
     if isinstance(weight, PackedWeight | LaidOutWeight):
-        return svsk_matmul(x, weight)
+        return svsk_matmul(x, weight, layer=layer)
+    weight = weight if layer is None else weight[layer]
     return jnp.matmul(x, weight.T.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
 
 

@@ -6,7 +6,8 @@ import jax
 
 Tap = Callable[[str, jax.Array], jax.Array]
 """Called with the name and value of each activation that linears read (`parameters.LINEAR_INPUTS`) and of
-each linear's output (`parameters.QUANTIZED_LINEARS`). The layer goes on with what it returns."""
+each linear's output (`parameters.QUANTIZED_LINEARS`; for experts see `Experts`). The layer goes on with
+what it returns."""
 
 
 def no_tap(name: str, value: jax.Array) -> jax.Array:

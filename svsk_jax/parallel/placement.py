@@ -23,8 +23,8 @@ def readable(tree: Any) -> Any:
     """The arrays in a form that each process can read with `np.asarray`. All processes of a mesh call it
     together."""
 
-    def whole(value: jax.Array) -> jax.Array:
-        if value.is_fully_addressable:
+    def whole(value: Any) -> Any:
+        if isinstance(value, np.ndarray) or value.is_fully_addressable:
             return value
         if not value.is_fully_replicated:
             assert isinstance(value.sharding, NamedSharding)

@@ -1,6 +1,7 @@
 """Measure a model on calibration text."""
 
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,16 @@ from svsk_jax.calibration import store
 from svsk_jax.calibration.block_inputs import BlockInputs
 from svsk_jax.calibration.chunks import calibration_chunks
 from svsk_jax.calibration.config import CalibrationConfig
+from svsk_jax.calibration.experts import (
+    Starved,
+    describe_starved,
+    moments_by_expert,
+    sensitivities_by_expert,
+)
 from svsk_jax.calibration.mixture import Chunks
 from svsk_jax.calibration.passes import Walk
 from svsk_jax.model.config import ModelConfig
-from svsk_jax.model.parameters import LINEAR_INPUTS, layer_shapes
+from svsk_jax.model.parameters import input_widths, layer_kinds, layer_linears
 from svsk_jax.model.source import ModelSource
 from svsk_jax.parallel.distributed import agree, barrier, is_lead
 from svsk_jax.parallel.placement import readable
@@ -53,7 +60,8 @@ def calibrate(
         on_progress: called after each layer of each pass.
 
     Returns:
-        The manifest: model, text, chunks and wall time by stage.
+        The manifest: model, text, chunks, wall time by stage, and by layer the experts that had too few
+        tokens for statistics of their own (`calibration.experts`), of which a warning tells too.
 
     Raises:
         ValueError: text too short, model already quantized.
@@ -98,17 +106,29 @@ def calibrate(
             forwards = walk.forwards(
                 calibration.moments == "full", kept if sensitive else None, calibration.fisher_chunks
             )
-            for index, moments in forwards:
+            starved: dict[str, Starved] = {}
+            for index, found in forwards:
+                moments, few = moments_by_expert(found)
+                starved[f"layers.{index}"] = few
                 write(store.write_moments, index, moments)
                 report("calibrate", index + 1)
             writer.finish()
             watch.lap("calibrate")
             if sensitive:
-                for index, sensitivities, weighted in walk.backwards(kept, calibration.seed):
+                for index, of_outputs, of_inputs in walk.backwards(kept, calibration.seed):
+                    sensitivities, few = sensitivities_by_expert(of_outputs)
+                    weighted, few_weighted = moments_by_expert(of_inputs)
                     write(store.write_sensitivities, index, sensitivities, weighted)
+                    starved[f"layers.{index}"] |= few | {
+                        f"{store.WEIGHTED}{name}": numbers for name, numbers in few_weighted.items()
+                    }
                     report("sensitivity", layers - index)
                 writer.finish()
                 watch.lap("sensitivity")
+        starved = {layer: kinds for layer, kinds in starved.items() if kinds}
+        if starved:
+            assert source.config.mixture is not None
+            warnings.warn(describe_starved(starved, source.config.mixture.num_experts), stacklevel=2)
         text = {
             "calib": {_public_name(name): count for name, count in counts.items()},
             "chunks": ids.shape[0],
@@ -117,6 +137,8 @@ def calibrate(
             "fisher_chunks": walk.kept_chunks,
             "seed": calibration.seed,
         }
+        if starved:
+            text["pooled_experts"] = starved
         manifest = {
             "model": source.description,
             "fingerprint": source.fingerprint(),
@@ -159,14 +181,17 @@ def _public_name(name: str) -> str:
 
 def statistics_bytes(model: ModelConfig, calibration: CalibrationConfig) -> int:
     """Bytes that the statistics of a model take on disk."""
-    shapes: Mapping[str, tuple[int, ...]] = layer_shapes(model)
-    widths = {LINEAR_INPUTS[name]: shapes[f"{name}.weight"][1] for name in LINEAR_INPUTS}
+    return sum(count * _layer_bytes(model, index, calibration) for index, count in layer_kinds(model).items())
+
+
+def _layer_bytes(model: ModelConfig, index: int, calibration: CalibrationConfig) -> int:
+    widths = input_widths(model, index).values()
     if calibration.moments == "diagonal":
-        return 4 * model.num_layers * sum(widths.values())
-    moments = sum(width * width for width in widths.values())
+        return 4 * sum(widths)
+    moments = sum(width * width for width in widths)
     blocks = 0
     if calibration.measures_sensitivity:
-        heights = [shapes[f"{name}.weight"][0] for name in LINEAR_INPUTS]
+        heights = [n for n, _ in layer_linears(model, index).values()]
         blocks = sum(int(np.ceil(n / SENSITIVITY_TILE)) * min(n, SENSITIVITY_TILE) ** 2 for n in heights)
         moments *= 2
-    return 4 * model.num_layers * (moments + blocks)
+    return 4 * (moments + blocks)

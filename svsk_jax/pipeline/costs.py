@@ -8,13 +8,13 @@ Not in the estimates: compilation, reading, writing, calibration, polish.
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from svsk_jax.calibration.config import CalibrationConfig
 from svsk_jax.model.config import ModelConfig
-from svsk_jax.model.parameters import LINEAR_INPUTS, layer_shapes
+from svsk_jax.model.parameters import layer_kinds, layer_linears, linear_inputs
 from svsk_jax.pipeline.calibrate import statistics_bytes
 from svsk_jax.quant.types import SENSITIVITY_TILE
 
@@ -76,33 +76,37 @@ def fitted(rows: Sequence[tuple[Shape, Mapping[str, float]]]) -> Costs:
     return lambda part, shape: float(np.dot(coefficients[part], PARTS[part](*shape)))
 
 
-def _linears(config: ModelConfig) -> dict[str, Shape]:
-    shapes = layer_shapes(config)
-    return {name: cast(Shape, shapes[f"{name}.weight"]) for name in LINEAR_INPUTS}
-
-
 def device_bytes(config: ModelConfig) -> int:
-    """Largest device memory at once: while the metrics of a layer are made, or while its largest linear is
-    rounded beside them."""
-    linears = _linears(config)
-    squares = [k**2 for k in {LINEAR_INPUTS[name]: k for name, (_, k) in linears.items()}.values()]
-    blocks = sum(math.ceil(n / height(n)) * height(n) ** 2 for n, _ in linears.values())
-    # Moment, weighted moment, H and its factor; sensitivity, G and its factor.
-    preparing = 4 * sum(squares) + FACTOR_COPIES * max(squares) + 3 * blocks
-    rounding = 3 * sum(squares) + 2 * blocks + WORKING_COPIES * max(n * k for n, k in linears.values())
-    return 4 * max(preparing, rounding)
+    """Largest device memory at once: while the metrics of a linear are made, beside those of the one before,
+    or while it is rounded beside its own."""
+    most = 0
+    for index in layer_kinds(config):
+        before = 0
+        for n, k in layer_linears(config, index).values():
+            blocks = math.ceil(n / height(n)) * height(n) ** 2
+            # Moment, weighted moment, H and its factor; sensitivity, G and its factor.
+            preparing = (4 + FACTOR_COPIES) * k**2 + 3 * blocks
+            rounding = 3 * k**2 + 2 * blocks + WORKING_COPIES * n * k
+            most = max(most, 4 * (before + preparing), 4 * rounding)
+            before = 2 * k**2 + 2 * blocks
+    return most
 
 
 def predict(config: ModelConfig, cost: Costs) -> dict[str, Any]:
     """Seconds and bytes of quantizing a model."""
-    linears = list(_linears(config).values())
-    widths = {LINEAR_INPUTS[name]: shape for name, shape in _linears(config).items()}
-    shared = sum(cost("input metric", shape) for shape in widths.values())
-    plan = shared + sum(cost("output metric, plan", shape) + cost("options", shape) for shape in linears)
-    rounding = shared + sum(cost("output metric", shape) + cost("joint", shape) for shape in linears)
+    plan = rounding = 0.0
+    for index, count in layer_kinds(config).items():
+        linears, reads = layer_linears(config, index), linear_inputs(config, index)
+        widths = {reads[name]: shape for name, shape in linears.items()}
+        shared = sum(cost("input metric", shape) for shape in widths.values())
+        shapes = linears.values()
+        options = sum(cost("output metric, plan", shape) + cost("options", shape) for shape in shapes)
+        joint = sum(cost("output metric", shape) + cost("joint", shape) for shape in shapes)
+        plan += count * (shared + options)
+        rounding += count * (shared + joint)
     return {
-        "plan_seconds": config.num_layers * plan,
-        "quantize_seconds": config.num_layers * rounding,
+        "plan_seconds": plan,
+        "quantize_seconds": rounding,
         "device_bytes": device_bytes(config),
         "statistics_bytes": statistics_bytes(config, CalibrationConfig()),
     }

@@ -9,7 +9,7 @@ from svsk_jax.calibration.config import CalibrationConfig
 from svsk_jax.json_data import checked, read_json_object, shown
 from svsk_jax.known_models import KNOWN
 from svsk_jax.model.config import ModelConfig
-from svsk_jax.model.parameters import LINEAR_INPUTS, QUANTIZED_LINEARS, layer_shapes, outer_shapes
+from svsk_jax.model.parameters import EXPERTS, input_widths, layer_kinds, layer_linears, outer_shapes
 from svsk_jax.pipeline.calibrate import statistics_bytes
 from svsk_jax.pipeline.costs import PARTS, device_bytes, fitted, height, predict
 from svsk_jax.quant.types import QuantConfig
@@ -123,13 +123,16 @@ def _measured_for(config: QuantConfig, calibration: CalibrationConfig) -> Calibr
     return calibration if config.needs_sensitivity else dataclasses.replace(calibration, fisher="off")
 
 
-def _layer_weights(model: ModelConfig) -> int:
-    shapes = layer_shapes(model)
-    return sum(shapes[f"{name}.weight"][0] * shapes[f"{name}.weight"][1] for name in QUANTIZED_LINEARS)
+def _layer_weights(model: ModelConfig, index: int) -> int:
+    return sum(n * k for n, k in layer_linears(model, index).values())
 
 
 def _weights(model: ModelConfig) -> int:
-    return model.num_layers * _layer_weights(model)
+    return sum(count * _layer_weights(model, index) for index, count in layer_kinds(model).items())
+
+
+def _largest_layer(model: ModelConfig) -> int:
+    return max(_layer_weights(model, index) for index in layer_kinds(model))
 
 
 def _outer_bytes(model: ModelConfig) -> int:
@@ -137,10 +140,9 @@ def _outer_bytes(model: ModelConfig) -> int:
     return 5 * sum(shape[0] * shape[1] for shape in outer_shapes(model).values() if len(shape) == 2)
 
 
-def _widths(model: ModelConfig) -> list[int]:
-    """Of the activations that linears read."""
-    shapes = layer_shapes(model)
-    return list({LINEAR_INPUTS[name]: shapes[f"{name}.weight"][1] for name in LINEAR_INPUTS}.values())
+def _squares(model: ModelConfig, index: int, full: bool) -> int:
+    """Numbers in the moments of a layer."""
+    return sum(width * (width if full else 1) for width in input_widths(model, index).values())
 
 
 def _length(model: ModelConfig, calibration: CalibrationConfig) -> int:
@@ -150,22 +152,31 @@ def _length(model: ModelConfig, calibration: CalibrationConfig) -> int:
 def _operations(model: ModelConfig, calibration: CalibrationConfig, *, full: bool, fisher: bool) -> float:
     """Floating-point operations of the forward pass and, for `fisher`, of the backward one."""
     length = _length(model, calibration)
-    layer = 2 * _layer_weights(model) + 4 * length * model.num_heads * model.head_dim
-    moments = sum(2 * width * (width if full else 1) for width in _widths(model))
-    total = calibration.chunks * length * model.num_layers * (layer + moments)
-    if fisher:
-        heights = [layer_shapes(model)[f"{name}.weight"][0] for name in QUANTIZED_LINEARS]
-        blocks = sum(2 * n * height(n) for n in heights)
-        head = 6 * model.vocab_size * model.hidden_size
-        tokens = min(calibration.fisher_chunks, calibration.chunks) * length
+    tokens = calibration.chunks * length
+    fisher_tokens = min(calibration.fisher_chunks, calibration.chunks) * length if fisher else 0
+    total = 6 * fisher_tokens * model.vocab_size * model.hidden_size
+    for index, count in layer_kinds(model).items():
+        shapes, widths = layer_linears(model, index), input_widths(model, index)
+        layer = sum(2 * n * k * _share(model, name) for name, (n, k) in shapes.items())
+        layer += 4 * length * model.num_heads * model.head_dim
+        moments = sum(2 * k * (k if full else 1) * _share(model, name) for name, k in widths.items())
+        blocks = sum(2 * n * height(n) * _share(model, name) for name, (n, _) in shapes.items())
+        total += count * tokens * (layer + moments)
         # A layer is run again before it is differentiated, which costs twice as much as running it.
-        total += tokens * (model.num_layers * (3 * layer + moments + blocks) + head)
+        total += count * fisher_tokens * (3 * layer + moments + blocks)
     return float(total)
+
+
+def _share(model: ModelConfig, name: str) -> float:
+    """Of the tokens, those that reach a linear or an activation of a layer."""
+    if model.mixture is None or not name.startswith(EXPERTS):
+        return 1.0
+    return model.mixture.num_experts_per_tok / model.mixture.num_experts
 
 
 def _quantize_bytes(model: ModelConfig) -> int:
     """Embedding and head, one layer, and what rounding it takes; f32."""
-    return device_bytes(model) + _outer_bytes(model) + 4 * _layer_weights(model)
+    return device_bytes(model) + _outer_bytes(model) + 4 * _largest_layer(model)
 
 
 def _calibrate_bytes(model: ModelConfig, config: QuantConfig, calibration: CalibrationConfig) -> int:
@@ -173,7 +184,8 @@ def _calibrate_bytes(model: ModelConfig, config: QuantConfig, calibration: Calib
     length = _length(model, calibration)
     stream = 4 * length * model.hidden_size
     measured = _measured_for(config, calibration)
-    sums = 2 * 4 * sum(width * (width if measured.moments == "full" else 1) for width in _widths(model))
+    full = measured.moments == "full"
+    sums = 2 * 4 * max(_squares(model, index, full) for index in layer_kinds(model))
     kept = 0
     if measured.measures_sensitivity:
         kept = min(
@@ -182,5 +194,5 @@ def _calibrate_bytes(model: ModelConfig, config: QuantConfig, calibration: Calib
         sums *= 2
     batch = max(1, calibration.batch_tokens // length) * length
     logits = 3 * 4 * batch * model.vocab_size if measured.measures_sensitivity else 0
-    layer = 4 * _layer_weights(model)
+    layer = 4 * _largest_layer(model)
     return _outer_bytes(model) + calibration.chunks * stream + kept + max(layer + sums, logits)

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 
-from svsk_jax.model.parameters import QUANTIZED_LINEARS
 from svsk_jax.parallel.distributed import barrier, is_lead
 from svsk_jax.parallel.groups import DeviceGroups
 from svsk_jax.storage.checkpoint import ModelWriter, StoredLayer
@@ -30,7 +29,7 @@ class LayerTotals:
         return cls(
             errors=named(index, layer.errors),
             predicted_nats=layer.predicted_nats,
-            linear_bytes=sum(layer.parameters[f"{name}.weight"].nbytes for name in QUANTIZED_LINEARS),
+            linear_bytes=sum(layer.parameters[f"{name}.weight"].nbytes for name in layer.errors),
             total_bytes=nbytes(layer.parameters),
         )
 

@@ -1,8 +1,9 @@
 """Decide how each linear is stored: measure what every option costs the model, then spend the budget."""
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from pallas_kernels.svsk_matmul.layout import tile_spans
 from svsk_jax.calibration.store import Statistics
 from svsk_jax.json_data import checked, from_json, parse_json, shown
 from svsk_jax.model.config import ModelConfig
-from svsk_jax.model.parameters import LINEAR_INPUTS, QUANTIZED_LINEARS, layer_shapes
+from svsk_jax.model.parameters import layer_linears, linear_inputs
 from svsk_jax.model.source import ModelSource
 from svsk_jax.parallel.groups import DeviceGroups
 from svsk_jax.pipeline.options import measured_options, options_file
@@ -40,26 +41,36 @@ from svsk_jax.storage.atomic import write_json
 from svsk_jax.storage.described import check_ranks
 
 FORMAT = 1
-LayerMetrics = dict[str, tuple[InputMetric, OutputMetric]]
+Metrics = tuple[InputMetric, OutputMetric]
 
 
 def layer_metrics(
-    statistics: Statistics, index: int, parameters: Mapping[str, Any], config: QuantConfig
-) -> LayerMetrics:
-    """For each linear of a layer, what an error costs at its input and at its output."""
+    statistics: Statistics,
+    index: int,
+    weights: Mapping[str, Any],
+    reads: Mapping[str, str],
+    config: QuantConfig,
+) -> Iterator[tuple[str, Metrics]]:
+    """For each linear of a layer, one after the other, what an error costs at its input and at its output.
+    The metric of an input lives as long as the linears that share it: a layer may have hundreds.
+
+    Args:
+        statistics: of the model.
+        index: of the layer.
+        weights: of the layer, by path within it.
+        reads: from `parameters.linear_inputs`.
+        config: the recipe.
+    """
     moments = statistics.layer(index)
     sensitivities, weighted = statistics.sensitivities(index) if config.needs_sensitivity else ({}, {})
-    inputs = {name: input_metric(moment, weighted.get(name), config) for name, moment in moments.items()}
-    metrics: LayerMetrics = {}
-    for name in QUANTIZED_LINEARS:
-        W = jnp.asarray(parameters[f"{name}.weight"], jnp.float32)
-        shared = inputs[LINEAR_INPUTS[name]]
-        if name in sensitivities:
-            outputs = output_metric(sensitivities[name], W.shape[0], config)
-        else:
-            outputs = plain_output_metric(W, shared.H)
-        metrics[name] = (shared, outputs)
-    return metrics
+    for read, names in itertools.groupby(reads, key=lambda name: reads[name]):
+        inputs = input_metric(moments[read], weighted.get(read), config)
+        for name in names:
+            W = jnp.asarray(weights[f"{name}.weight"], jnp.float32)
+            if name in sensitivities:
+                yield name, (inputs, output_metric(sensitivities[name], W.shape[0], config))
+            else:
+                yield name, (inputs, plain_output_metric(W, inputs.H))
 
 
 def drafted(config: QuantConfig) -> QuantConfig:
@@ -89,7 +100,7 @@ class Choices:
 
 def measure_options(
     W: Array,
-    metrics: tuple[InputMetric, OutputMetric],
+    metrics: Metrics,
     config: QuantConfig,
     choices: Choices,
     devices: Devices = (),
@@ -204,29 +215,27 @@ class Plan:
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """[N, K] of every decoder linear by path, layer by layer."""
-    shapes = layer_shapes(config)
-    within = {name: (shapes[f"{name}.weight"][0], shapes[f"{name}.weight"][1]) for name in QUANTIZED_LINEARS}
     return {
         f"layers.{index}.{name}": shape
         for index in range(config.num_layers)
-        for name, shape in within.items()
+        for name, shape in layer_linears(config, index).items()
     }
 
 
 def fixed_plans(model: ModelConfig, config: QuantConfig) -> dict[str, TensorPlan]:
     """The plan of each linear when nothing is allocated: the first group size, `rank` in every tile."""
-    plans = {}
-    for name in QUANTIZED_LINEARS:
-        n, k = layer_shapes(model)[f"{name}.weight"]
+
+    @functools.cache
+    def plan(n: int, k: int) -> TensorPlan:
         rows, columns = tile_spans(n, config.tile.rows), tile_spans(k, config.tile.columns)
-        plan = TensorPlan(
+        return TensorPlan(
             group=config.groups[0],
             coefficients=config.coefficients if config.codebook == "companded" else None,
             tile=config.tile,
             ranks=tuple(tuple(min(config.rank, b - a, d - c) for c, d in columns) for a, b in rows),
         )
-        plans |= {f"layers.{index}.{name}": plan for index in range(model.num_layers)}
-    return plans
+
+    return {name: plan(*shape) for name, shape in linear_shapes(model).items()}
 
 
 def plan_model(
@@ -289,13 +298,13 @@ def layer_options(
     devices: Devices = (),
 ) -> dict[str, list[Option]]:
     """The options of each linear of a layer, by full path."""
-    parameters = source.layer(index, dtype)
-    metrics = layer_metrics(statistics, index, parameters, config)
+    weights = source.layer(index, dtype)
+    reads = linear_inputs(source.config, index)
     return {
         f"layers.{index}.{name}": measure_options(
-            jnp.asarray(parameters[f"{name}.weight"], jnp.float32), metrics[name], config, choices, devices
+            jnp.asarray(weights[f"{name}.weight"], jnp.float32), metrics, config, choices, devices
         )
-        for name in QUANTIZED_LINEARS
+        for name, metrics in layer_metrics(statistics, index, weights, reads, config)
     }
 
 

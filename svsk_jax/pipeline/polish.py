@@ -142,7 +142,7 @@ def _restored_layer(
 ) -> Float[Array, "b t d"]:
     """A layer on its dense weights, which live as long as it does."""
     dense = {path: value.astype(x.dtype) for path, value in layer.items() if isinstance(value, jax.Array)}
-    for name in QUANTIZED_LINEARS:
+    for name in moved:
         path = f"{name}.weight"
         dense[path] = restore(layer[path], moved[name], rounded).astype(x.dtype)
     return DecoderLayer(config, dense)(x, jnp.arange(x.shape[1], dtype=jnp.int32))[0]

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from pallas_kernels.svsk_matmul import Int8Weight
 from svsk_jax.calibration.config import CalibrationConfig
 from svsk_jax.calibration.store import Statistics
-from svsk_jax.model.parameters import QUANTIZED_LINEARS, parameter_shapes
+from svsk_jax.model.parameters import linear_inputs, parameter_shapes, quantized_paths
 from svsk_jax.model.source import ModelSource
 from svsk_jax.parallel.distributed import agree, barrier, is_lead
 from svsk_jax.parallel.groups import DeviceGroups
@@ -108,6 +108,7 @@ def quantize(
     Raises:
         ValueError: text too short, statistics of another model or too poor for the recipe, model already
             quantized, bad weights, an unfinished run of something else.
+        NotImplementedError: a recipe with polish for a mixture of experts.
         FileExistsError: `output` exists, an unfinished run for it does, or another run is writing to it.
         OSError: too little disk space.
     """
@@ -116,11 +117,15 @@ def quantize(
     settings = config.config if isinstance(config, Plan) else config
     if isinstance(config, Plan):
         config.check_model(source.config)
+    if settings.polish and source.config.mixture is not None:
+        raise NotImplementedError(
+            f"--recipe {recipe}: polish does not train mixtures of experts; take the recipe without polish"
+        )
     calibration = _only_what_is_needed(calibration or CalibrationConfig(), settings)
     if statistics is not None:
         statistics.check_model(source.fingerprint(), source.description)
     identity = run_identity(source, config, statistics or calibration, recipe=recipe, dtype=dtype)
-    budget = predict(parameter_shapes(source.config), QUANTIZED_LINEARS, settings)
+    budget = predict(parameter_shapes(source.config), quantized_paths(source.config), settings)
     groups = DeviceGroups.of(mesh)
     with locked(output) if is_lead() else nullcontext():
         if is_lead():
@@ -168,7 +173,8 @@ def quantize(
             watch.lap("plan")
 
             def layer_of(index: int, devices: Devices) -> StoredLayer:
-                return quantize_layer(source.layer(index, dtype), statistics, index, plan, devices)
+                reads = linear_inputs(source.config, index)
+                return quantize_layer(source.layer(index, dtype), statistics, index, reads, plan, devices)
 
             layers = source.config.num_layers
             totals: dict[int, LayerTotals] = {}
@@ -274,7 +280,8 @@ def _polished_errors(
     # Two polishes of one model may differ in their last bits: all layers come from the same one.
     writer.clear()
     for index, layer in enumerate(polish(source, drafts, statistics.tokens(), steps, dtype, on_progress)):
-        found = layer_errors(source.layer(index, dtype), layer, statistics.layer(index))
+        reads = linear_inputs(source.config, index)
+        found = layer_errors(source.layer(index, dtype), layer, statistics.layer(index), reads)
         errors |= named(index, found)
         writer.layer(index, layer, found)
     return errors

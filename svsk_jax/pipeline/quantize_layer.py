@@ -6,38 +6,57 @@ from typing import Any
 import jax.numpy as jnp
 
 from pallas_kernels.svsk_matmul.reference import dequantize
-from svsk_jax.calibration.statistics import Moments
 from svsk_jax.calibration.store import Statistics
-from svsk_jax.model.parameters import LINEAR_INPUTS, QUANTIZED_LINEARS
 from svsk_jax.pipeline.checks import check_weight
 from svsk_jax.pipeline.plan import Plan, layer_metrics
 from svsk_jax.quant.error import layer_error
 from svsk_jax.quant.joint import quantize_joint
 from svsk_jax.quant.linear import quantize_linear
 from svsk_jax.quant.row_parts import Devices
+from svsk_jax.quant.types import InputMoment
 from svsk_jax.storage.checkpoint import StoredLayer
 
 
 def quantize_layer(
-    parameters: Mapping[str, Any], statistics: Statistics, index: int, plan: Plan, devices: Devices = ()
+    parameters: Mapping[str, Any],
+    statistics: Statistics,
+    index: int,
+    reads: Mapping[str, str],
+    plan: Plan,
+    devices: Devices = (),
 ) -> StoredLayer:
-    """A layer as it is stored: its linears packed as the plan says, its vectors f32. The rows of each linear
-    are divided over `devices`, where the recipe is a strong one."""
-    linears = {f"{name}.weight": name for name in QUANTIZED_LINEARS}
+    """A layer as it is stored: its linears packed as the plan says, the rest f32.
+
+    Args:
+        parameters: of the layer, by path within it.
+        statistics: of the model.
+        index: of the layer.
+        reads: its linears and what each reads, from `parameters.linear_inputs`.
+        plan: how each is stored.
+        devices: that the rows of each linear are divided over, where the recipe is a strong one.
+    """
+    linears = {f"{name}.weight" for name in reads}
     stored: dict[str, Any] = {
         path: jnp.asarray(value, jnp.float32) for path, value in parameters.items() if path not in linears
     }
     moments = statistics.layer(index)
     strong = plan.config.scales == "two_level"
-    metrics = layer_metrics(statistics, index, parameters, plan.config) if strong else {}
     errors: dict[str, float] = {}
     predicted = 0.0
-    for path, name in linears.items():
+    read, moment = "", None
+    each = (
+        layer_metrics(statistics, index, parameters, reads, plan.config)
+        if strong
+        else ((name, None) for name in reads)
+    )
+    for name, metrics in each:
+        path = f"{name}.weight"
         dense = check_weight(jnp.asarray(parameters[path], jnp.float32), f"layers.{index}.{path}")
-        moment = moments[LINEAR_INPUTS[name]]
-        if strong:
+        if moment is None or reads[name] != read:
+            read, moment = reads[name], moments[reads[name]]
+        if metrics is not None:
             of_tensor = plan.tensors[f"layers.{index}.{name}"]
-            result = quantize_joint(dense, *metrics[name], of_tensor, plan.config, devices)
+            result = quantize_joint(dense, *metrics, of_tensor, plan.config, devices)
             stored[path], restored = result.weight, result.restored
             predicted += result.nats
         else:
@@ -48,16 +67,19 @@ def quantize_layer(
 
 
 def layer_errors(
-    parameters: Mapping[str, Any], stored: Mapping[str, Any], moments: Moments
+    parameters: Mapping[str, Any],
+    stored: Mapping[str, Any],
+    moments: Mapping[str, InputMoment],
+    reads: Mapping[str, str],
 ) -> dict[str, float]:
-    """The layer error of each linear of a stored layer."""
+    """The layer error of each linear of a stored layer; `reads` as in `quantize_layer`."""
     return {
         name: float(
             layer_error(
                 jnp.asarray(parameters[f"{name}.weight"], jnp.float32),
                 dequantize(stored[f"{name}.weight"]),
-                moments[LINEAR_INPUTS[name]],
+                moments[read],
             )
         )
-        for name in QUANTIZED_LINEARS
+        for name, read in reads.items()
     }

@@ -1,6 +1,7 @@
 """How large a model is under a recipe, from its configuration alone."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,10 +9,19 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from pallas_kernels.svsk_matmul import common_form
 from pallas_kernels.svsk_matmul.layout import tile_spans
 from svsk_jax.model.config import ModelConfig
 from svsk_jax.model.laid_out import lay_out_parameters, transpose_parameters
-from svsk_jax.model.parameters import QUANTIZED_LINEARS, layer_shapes, outer_shapes, parameter_shapes
+from svsk_jax.model.parameters import (
+    EXPERT_LINEARS,
+    EXPERTS,
+    layer_shapes,
+    outer_shapes,
+    parameter_shapes,
+    quantized_linears,
+    quantized_paths,
+)
 from svsk_jax.pipeline.plan import Plan, fixed_plans, linear_shapes
 from svsk_jax.quant.budget import Budget, base_bytes, planned_bytes, predict, sidecar_bytes
 from svsk_jax.quant.types import MAX_RANK, QuantConfig, TensorPlan
@@ -50,7 +60,7 @@ def model_sizes(model: ModelConfig, recipe: QuantConfig | Plan) -> Sizes:
     flat = config.scales == "flat"
     allocated = config.bits is not None and not isinstance(recipe, Plan)
     plans = recipe.tensors if isinstance(recipe, Plan) else fixed_plans(model, config)
-    budget = predict(parameter_shapes(model), QUANTIZED_LINEARS, config)
+    budget = predict(parameter_shapes(model), quantized_paths(model), config)
     if config.bits is not None and allocated:
         # What is allocated is one sum for the model, rounded down once.
         linears = int(config.bits * budget.linear_weights / 8)
@@ -62,7 +72,8 @@ def model_sizes(model: ModelConfig, recipe: QuantConfig | Plan) -> Sizes:
     total = budget.total_bytes - budget.linear_bytes + linears
     budget = dataclasses.replace(budget, linear_bytes=linears, total_bytes=total)
     if flat or allocated:
-        plans = {name: _equal_ranks(shape, config) for name, shape in linear_shapes(model).items()}
+        equal = functools.cache(lambda shape: _equal_ranks(shape, config))
+        plans = {name: equal(shape) for name, shape in linear_shapes(model).items()}
     memory = {name: _in_memory(model, config, plans, *layout) for name, layout in LAYOUTS.items()}
     memory["dense bfloat16"] = 2 * budget.total_weights
     return Sizes(budget=budget, exact=not allocated, in_memory=memory)
@@ -99,6 +110,23 @@ def _abstract_weight(shape: tuple[int, ...], plan: TensorPlan, config: QuantConf
     )
 
 
+def _stack_experts(layer: dict[str, Any]) -> None:
+    """What `stack_experts` makes of a layer, without values."""
+    for name in EXPERT_LINEARS:
+        paths = [path for path in layer if path.startswith(EXPERTS) and path.endswith(f".{name}.weight")]
+        weights = [layer.pop(path) for path in paths]
+        first, (group, tile, rank) = weights[0], common_form(weights)
+        sidecar = None
+        if tile is not None:
+            grid = [len(tile_spans(side, cut)) for side, cut in zip(first.shape, tile, strict=True)]
+            sidecar = {"tile": tile, "ranks": ((rank,) * grid[1],) * grid[0]}
+        fields = {"shape": first.shape, "scales": first.scale_kind, "codebook": first.codebook}
+        alike = abstract({"kind": "svsk", "group": group, "sidecar": sidecar, **fields})
+        leaves, structure = jax.tree.flatten(alike)
+        stacks = [jax.ShapeDtypeStruct((len(weights), *leaf.shape), leaf.dtype) for leaf in leaves]
+        layer[f"{EXPERTS}.{name}.weight"] = jax.tree.unflatten(structure, stacks)
+
+
 def _in_memory(
     model: ModelConfig,
     config: QuantConfig,
@@ -123,12 +151,16 @@ def _in_memory(
     }
     total, known = nbytes(outer), {}
     for index in range(model.num_layers):
-        chosen = tuple(plans[f"layers.{index}.{name}"] for name in QUANTIZED_LINEARS)
+        linears = quantized_linears(model, index)
+        chosen = (linears, *(plans[f"layers.{index}.{name}"] for name in linears))
         if chosen not in known:
-            layer: dict[str, Any] = {path: dense(shape) for path, shape in layer_shapes(model).items()}
-            for name, plan in zip(QUANTIZED_LINEARS, chosen, strict=True):
+            shapes = layer_shapes(model, index)
+            layer: dict[str, Any] = {path: dense(shape) for path, shape in shapes.items()}
+            for name in linears:
                 path = f"{name}.weight"
-                layer[path] = _abstract_weight(layer_shapes(model)[path], plan, config)
+                layer[path] = _abstract_weight(shapes[path], plans[f"layers.{index}.{name}"], config)
+            if model.has_experts(index):
+                _stack_experts(layer)
             known[chosen] = nbytes(layer)
         total += known[chosen]
     return total

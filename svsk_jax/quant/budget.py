@@ -1,7 +1,8 @@
 """Exact stored bytes, from shapes alone."""
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -76,23 +77,22 @@ def embedding_bytes(shape: tuple[int, int], config: QuantConfig) -> int:
     return n * (k + 2 * ceil_div(k, INT8_GROUP)) if config.embedding == "int8" else 2 * n * k
 
 
-def predict(shapes: Mapping[str, tuple[int, ...]], linears: tuple[str, ...], config: QuantConfig) -> Budget:
+def predict(shapes: Mapping[str, tuple[int, ...]], linears: Collection[str], config: QuantConfig) -> Budget:
     """Stored size of a model with the given parameter shapes.
 
     Args:
         shapes: every parameter's shape by path.
-        linears: path endings, without `.weight`, of the matrices that the recipe quantizes. Other matrices
-            are embedding or head; vectors
-            (norms, biases) are kept as f32.
+        linears: paths, without `.weight`, of the matrices that the recipe quantizes. Matrices outside the
+            layers are embedding or head; everything else (norms, biases, routers) is kept as f32.
         config: the recipe.
     """
-    endings = tuple(f".{name}.weight" for name in linears)
-    quantized = {path: shape for path, shape in shapes.items() if path.endswith(endings)}
+    quantized = {f"{name}.weight": shapes[f"{name}.weight"] for name in linears}
     stored = 0
     for path, shape in shapes.items():
         if path in quantized:
             continue
-        stored += embedding_bytes((shape[0], shape[1]), config) if len(shape) == 2 else 4 * shape[0]
+        outer = len(shape) == 2 and not path.startswith("layers.")
+        stored += embedding_bytes((shape[0], shape[1]), config) if outer else 4 * math.prod(shape)
     packed = sum(linear_bytes((shape[0], shape[1]), config) for shape in quantized.values())
     return Budget(
         linear_bytes=packed,

@@ -5,6 +5,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.svsk_matmul.types import (
     Codebook,
@@ -240,8 +241,8 @@ class InputMoment:
     Moments of disjoint tokens add: `a + b`.
     """
 
-    total: jax.Array
-    tokens: jax.Array
+    total: jax.Array | np.ndarray
+    tokens: jax.Array | np.ndarray
 
     def __add__(self, other: "InputMoment") -> "InputMoment":
         return InputMoment(total=self.total + other.total, tokens=self.tokens + other.tokens)
@@ -254,7 +255,7 @@ class InputMoment:
     @property
     def mean(self) -> jax.Array:
         """H = E[x xᵀ], or its diagonal h = E[x²], f32."""
-        return self.total / jnp.maximum(self.tokens.astype(jnp.float32), 1.0)
+        return jnp.asarray(self.total) / jnp.maximum(self.tokens.astype(jnp.float32), 1.0)
 
     @property
     def diagonal(self) -> jax.Array:
@@ -275,9 +276,9 @@ class OutputSensitivity:
     Sensitivities of disjoint tokens add: `a + b`.
     """
 
-    blocks: jax.Array
-    weights: jax.Array
-    tokens: jax.Array
+    blocks: jax.Array | np.ndarray
+    weights: jax.Array | np.ndarray
+    tokens: jax.Array | np.ndarray
 
     def __add__(self, other: "OutputSensitivity") -> "OutputSensitivity":
         return OutputSensitivity(
@@ -289,4 +290,4 @@ class OutputSensitivity:
     @property
     def mean(self) -> jax.Array:
         """The blocks of G = E[g gᵀ], f32."""
-        return self.blocks / jnp.maximum(self.tokens.astype(jnp.float32), 1.0)
+        return jnp.asarray(self.blocks) / jnp.maximum(self.tokens.astype(jnp.float32), 1.0)

@@ -167,15 +167,15 @@ class SavedModel:
 
     def layer_metadata(self, index: int) -> dict[str, Any]:
         """Tensor descriptions and layer errors of one decoder layer."""
-        return self._described(layer_name(index))
+        return self._described(layer_name(index), layer_shapes(self.config, index))
 
     def outer(self, dtype: DTypeLike) -> dict[str, Any]:
         """Parameters outside the layers, by full path; dense ones in `dtype`."""
-        return self._restore(OUTER, dtype)
+        return self._restore(OUTER, outer_shapes(self.config), dtype)
 
     def layer(self, index: int, dtype: DTypeLike) -> dict[str, Any]:
         """Parameters of one decoder layer, by path within it; dense ones in `dtype`."""
-        return self._restore(layer_name(index), dtype)
+        return self._restore(layer_name(index), layer_shapes(self.config, index), dtype)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The stored tokenizer."""
@@ -193,15 +193,14 @@ class SavedModel:
     def _metadata(self, name: str) -> dict[str, Any]:
         return arrays.read_metadata(self.folder / ARRAYS / name)
 
-    def _described(self, name: str) -> dict[str, Any]:
+    def _described(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         """The metadata of one checkpoint, checked against the model's shapes."""
-        shapes = outer_shapes(self.config) if name == OUTER else layer_shapes(self.config)
         metadata = self._metadata(name)
         check_described(metadata, shapes, self.folder / ARRAYS / name)
         return metadata
 
-    def _restore(self, name: str, dtype: DTypeLike) -> dict[str, Any]:
-        values = arrays.restore(self.folder / ARRAYS / name, self._described(name), mesh=self.mesh)
+    def _restore(self, name: str, shapes: Mapping[str, tuple[int, ...]], dtype: DTypeLike) -> dict[str, Any]:
+        values = arrays.restore(self.folder / ARRAYS / name, self._described(name, shapes), mesh=self.mesh)
         return {
             path: value.astype(jnp.dtype(dtype)) if isinstance(value, jax.Array) else value
             for path, value in values.items()

@@ -70,7 +70,8 @@ def write_gguf(
     tokens: list[str] | None = None,
 ) -> dict[str, np.ndarray]:
     """Write the file; returns the parameters that a reader should find, in Hugging Face's row order."""
-    architecture = "llama" if config.architecture == "mistral" else config.architecture
+    renamed = {"mistral": "llama", "qwen3_moe": "qwen3moe"}
+    architecture = renamed.get(config.architecture, config.architecture)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -81,6 +82,10 @@ def write_gguf(
     writer.add_key_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
+    if config.mixture is not None:
+        writer.add_expert_count(config.mixture.num_experts)
+        writer.add_expert_used_count(config.mixture.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.mixture.moe_intermediate_size)
     writer.add_token_list(tokens or [f"t{index}" for index in range(config.vocab_size)])
     for key, value in (extra or {}).items():
         add = {
@@ -90,19 +95,25 @@ def write_gguf(
             str: writer.add_string,
         }
         add.get(type(value), writer.add_array)(key, value)
-    names, expected = source_names(config, "gguf"), {}
+    names, expected, stacks = source_names(config, "gguf"), {}, {}
     for parameter, value in parameters_of(config).items():
         name = names[parameter]
         heads = getattr(config, name.heads) if name.heads and architecture == "llama" else None
         stored = value if heads is None else permute(value, heads)
         if value.ndim == 2:
             packed = gguf.quants.quantize(stored, kind)
-            writer.add_tensor(name.gguf, packed, raw_dtype=kind)
+            layer, _, linear = name.gguf.removesuffix(".weight").partition(".ffn_")
+            if "." in linear:  # of an expert; llama.cpp stacks them
+                stacks.setdefault(f"{layer}.ffn_{linear.partition('.')[0]}_exps.weight", []).append(packed)
+            else:
+                writer.add_tensor(name.gguf, packed, raw_dtype=kind)
             rows = gguf.quants.dequantize(gguf.quants.quantize(value, kind), kind)
             expected[parameter] = rows.reshape(value.shape)
         else:
             writer.add_tensor(name.gguf, stored)
             expected[parameter] = value
+    for name, matrices in stacks.items():
+        writer.add_tensor(name, np.stack(matrices), raw_dtype=kind)
     for name, value in (tensors or {}).items():
         writer.add_tensor(name, value)
     writer.write_header_to_file()

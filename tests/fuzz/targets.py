@@ -176,7 +176,7 @@ def _damaged_saved(rng: np.random.Generator, data: bytes) -> bytes:
 
 def _write_statistics(folder: Path) -> None:
     rng = np.random.default_rng(0)
-    shapes = layer_shapes(CONFIG)
+    shapes = layer_shapes(CONFIG, 0)
 
     def moments() -> dict[str, InputMoment]:
         widths = {LINEAR_INPUTS[name]: shapes[f"{name}.weight"][1] for name in LINEAR_INPUTS}

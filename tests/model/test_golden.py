@@ -32,6 +32,13 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+MIXTURE = {
+    "head_dim": 16,
+    "moe_intermediate_size": 40,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "tie_word_embeddings": False,
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
     "qwen3-untied-bias": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": False, "attention_bias": True}),
@@ -40,6 +47,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": False}),
     "llama-linear": ("Llama", {"rope_parameters": LINEAR, "tie_word_embeddings": True}),
     "llama-bias": ("Llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}),
+    "mixture": ("Qwen3Moe", MIXTURE | {"norm_topk_prob": True}),
+    "mixture-some-dense": (
+        "Qwen3Moe",
+        MIXTURE | {"decoder_sparse_step": 2, "num_hidden_layers": 4, "mlp_only_layers": [1]},
+    ),
     "mistral-window": ("Mistral", {"sliding_window": 5, "tie_word_embeddings": False}),
     "mistral-tied": ("Mistral", {"sliding_window": None, "head_dim": 8, "tie_word_embeddings": True}),
 }

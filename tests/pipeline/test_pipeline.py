@@ -18,7 +18,7 @@ from svsk_jax import pipeline
 from svsk_jax.calibration.config import CalibrationConfig
 from svsk_jax.calibration.store import Statistics
 from svsk_jax.evaluation.divergence import token_divergence
-from svsk_jax.model.parameters import QUANTIZED_LINEARS, parameter_shapes
+from svsk_jax.model.parameters import QUANTIZED_LINEARS, parameter_shapes, quantized_paths
 from svsk_jax.quant.budget import predict
 from svsk_jax.quant.types import QuantConfig, TileShape, recipe
 from svsk_jax.storage import SavedModel
@@ -65,7 +65,7 @@ def contents(folder):
 
 def test_bytes_are_the_budget_and_errors_are_recorded(source, direct):
     result, events = direct
-    assert result.budget == predict(parameter_shapes(source.config), QUANTIZED_LINEARS, SMALL)
+    assert result.budget == predict(parameter_shapes(source.config), quantized_paths(source.config), SMALL)
     metadata = SavedModel(result.output).metadata
     assert metadata["bytes"]["whole_file"] == result.budget.total_bytes
     assert metadata["bits"]["decoder_linears"] == result.budget.linear_bits
@@ -131,7 +131,7 @@ def test_unquantized_copy_is_exact(source, direct, tmp_path):
 def test_bfloat16_embedding(source, tmp_path):
     config = dataclasses.replace(recipe("q4"), embedding="bfloat16")
     result = pipeline.quantize(source, tmp_path / "out", config, recipe="q4", calibration=CALIBRATION)
-    assert result.budget == predict(parameter_shapes(source.config), QUANTIZED_LINEARS, config)
+    assert result.budget == predict(parameter_shapes(source.config), quantized_paths(source.config), config)
     stored = SavedModel(tmp_path / "out").outer(jnp.float32)["embedding.weight"]
     np.testing.assert_allclose(stored, source.parameters["embedding.weight"], rtol=2**-8)
 

@@ -18,7 +18,7 @@ from svsk_jax.calibration.config import CalibrationConfig
 from svsk_jax.calibration.store import Statistics
 from svsk_jax.known_models import KNOWN
 from svsk_jax.model.laid_out import lay_out_for_device
-from svsk_jax.model.parameters import LINEAR_INPUTS, layer_shapes, parameter_shapes
+from svsk_jax.model.parameters import input_widths, layer_shapes, parameter_shapes
 from svsk_jax.pipeline.forecast import forecast, measured_costs
 from svsk_jax.pipeline.plan import Plan, fixed_plans
 from svsk_jax.pipeline.sizes import model_sizes
@@ -38,8 +38,7 @@ def nbytes(tree):
 @pytest.fixture
 def statistics(tmp_path):
     """Diagonal moments of ones, as if they had been measured."""
-    source, shapes = MemorySource(SMALL), layer_shapes(SMALL)
-    widths = {LINEAR_INPUTS[name]: shapes[f"{name}.weight"][1] for name in LINEAR_INPUTS}
+    source, widths = MemorySource(SMALL), input_widths(SMALL, 0)
     moments = {
         name: InputMoment(total=jnp.ones(width), tokens=jnp.int32(1)) for name, width in widths.items()
     }
@@ -83,7 +82,7 @@ def test_a_plan_of_unequal_ranks_is_counted_to_the_byte():
     plans["layers.0.attention.q"] = dataclasses.replace(plan, ranks=((0,), (3,), (5,)))
     base = model_sizes(SMALL, Plan(recipe="x", config=config, tensors=fixed_plans(SMALL, config)))
     mixed = model_sizes(SMALL, Plan(recipe="x", config=config, tensors=plans))
-    query = layer_shapes(SMALL)["attention.q.weight"]
+    query = layer_shapes(SMALL, 0)["attention.q.weight"]
     change = planned_bytes(query, plan, "two_level") - planned_bytes(
         query, fixed_plans(SMALL, config)["layers.0.attention.q"], "two_level"
     )
@@ -105,6 +104,8 @@ def test_an_allocated_recipe_is_bounded_by_its_bits():
         ("Qwen3-0.6B", 596_049_920),
         ("Qwen3-8B", 8_190_735_360),
         ("Qwen3-32B", 32_762_123_264),
+        ("Qwen3-30B-A3B", 30_532_122_624),
+        ("Qwen3-235B-A22B", 235_093_634_560),
         ("Llama-3-8B", 8_030_261_248),
         ("Llama-3-70B", 70_553_706_496),
     ],
@@ -161,10 +162,10 @@ def test_a_configuration_needs_no_weights(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TINY.to_hf()))
     assert open_config(str(tmp_path)) == TINY
     assert open_config("Qwen3-8B") is KNOWN["Qwen3-8B"]
-    (tmp_path / "config.json").write_text(json.dumps({**TINY.to_hf(), "num_experts": 8}))
-    for model in (str(tmp_path), "Qwen3-30B-A3B"):
-        with pytest.raises(NotImplementedError, match="mixture of experts"):
-            open_config(model)
+    other = {**TINY.to_hf(), "architectures": ["MixtralForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match=r"unknown architecture .MixtralForCausalLM"):
+        open_config(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({**TINY.to_hf(), "num_hidden_layers": 2**40}))
     with pytest.raises(ValueError, match="num_layers must be 1 to 10,000"):
         open_config(str(tmp_path))

@@ -114,5 +114,5 @@ QWEN3_4B = {
     ("name", "low", "high"), [("q4", 4.25, 4.25), ("classic-r8", 4.435, 4.45), ("classic-r16", 4.60, 4.645)]
 )
 def test_published_budgets_on_qwen3_4b(name, low, high):
-    linears = tuple(path.removeprefix("layers.0.").removesuffix(".weight") for path in QWEN3_4B)
+    linears = tuple(path.removesuffix(".weight") for path in QWEN3_4B)
     assert low <= predict(QWEN3_4B, linears, recipe(name)).linear_bits <= high
