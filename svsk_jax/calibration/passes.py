@@ -1,7 +1,6 @@
 """The two walks over a model: forwards for second moments, backwards for sensitivities, a layer at a time."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -34,6 +33,7 @@ from svsk_jax.model.decoder import Decoder, DecoderLayer
 from svsk_jax.model.source import ModelSource
 from svsk_jax.parallel import make_mesh, sharding
 from svsk_jax.parallel.placement import from_local_rows, local_rows, one_copy, put
+from svsk_jax.parallel.read_ahead import ReadAhead
 from svsk_jax.quant.types import OutputSensitivity
 
 
@@ -69,17 +69,10 @@ class Walk:
 
     def _layers(self, indices: Sequence[int]) -> Iterator[tuple[int, DecoderLayer]]:
         """Each layer on all devices; the next one is read meanwhile."""
-        with ThreadPoolExecutor(max_workers=1) as reader:
-            read = [reader.submit(self.source.layer, index, self.dtype) for index in indices[:1]]
-            for turn, index in enumerate(indices):
-                parameters = read.pop().result()
-                read = [
-                    reader.submit(self.source.layer, later, self.dtype)
-                    for later in indices[turn + 1 : turn + 2]
-                ]
-                layer = DecoderLayer(
-                    self.source.config, {path: jnp.asarray(value) for path, value in parameters.items()}
-                )
+        with ReadAhead(lambda index: self.source.layer(index, self.dtype), indices) as ahead:
+            for index in indices:
+                parameters = {path: jnp.asarray(value) for path, value in ahead.take(index).items()}
+                layer = DecoderLayer(self.source.config, parameters)
                 yield index, put(layer, sharding(self.mesh))
 
     @property

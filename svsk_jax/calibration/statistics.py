@@ -32,23 +32,30 @@ experts, …]. Divided over both axes of the mesh."""
 
 
 def device_moment(
-    x: Float[Array, "b t k"], weights: Float32[Array, "b t"], full: bool, model: int
+    x: Float[Array, "b t k"], weights: Float32[Array, "b t"], full: bool, model: int, is_mask: bool = False
 ) -> InputMoment:
     """What one device adds to Σ w x xᵀ, or to its diagonal, within `shard_map` over a mesh with `model`
     devices in a group: its rows for its group's chunks, [1, rows, K], or the whole diagonal for its own
-    chunks, [1, 1, K]. `tokens` [1, 1] counts its own tokens of non-zero weight."""
+    chunks, [1, 1, K]. `tokens` [1, 1] counts its own tokens of non-zero weight.
+
+    Weights of 0 and 1 (`is_mask`) leave x exact in bf16 and f16, as are the products of two such numbers in
+    f32: then the sums are products of tensor cores.
+    """
     tokens = jnp.sum(weights > 0, dtype=jnp.int32)[None, None]
     if full and model > 1:
         x, weights = (jax.lax.all_gather(each, MODEL, tiled=True) for each in (x, weights))
-    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    weighted = rows * weights.reshape(-1, 1)
+    rows = x.reshape(-1, x.shape[-1])
+    rows = rows if is_mask and full else rows.astype(jnp.float32)
+    weighted = rows * weights.reshape(-1, 1).astype(rows.dtype)
     if not full:
         return InputMoment(total=jnp.sum(weighted * rows, axis=0)[None, None], tokens=tokens)
     if model > 1:
         height = -(-rows.shape[1] // model)
         padded = jnp.pad(weighted, ((0, 0), (0, height * model - rows.shape[1])))
         weighted = jax.lax.dynamic_slice_in_dim(padded, jax.lax.axis_index(MODEL) * height, height, axis=1)
-    total = jnp.matmul(weighted.T, rows, precision=jax.lax.Precision.HIGHEST)
+    total = jnp.matmul(
+        weighted.T, rows, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )
     return InputMoment(total=total[None], tokens=tokens)
 
 
@@ -72,7 +79,7 @@ def _measured(
 
         def tap(name: str, value: jax.Array) -> jax.Array:
             if name in inputs:
-                seen[name] = device_moment(value, weights, full, mesh.shape[MODEL])
+                seen[name] = device_moment(value, weights, full, mesh.shape[MODEL], is_mask=True)
             elif name in PLACES:
                 places[name] = value
             elif name in INPUTS:

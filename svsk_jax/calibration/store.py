@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -134,7 +133,7 @@ class _StoredMoments(_Stored[InputMoment]):
     def __getitem__(self, name: str) -> InputMoment:
         stem = f"{self.prefix}{name}"
         total, tokens = self.arrays[stem], self.arrays[f"{stem}.tokens"]
-        return InputMoment(total=jnp.asarray(total), tokens=jnp.asarray(tokens[0]))
+        return InputMoment(total=total, tokens=np.asarray(tokens[0]))
 
 
 class _StoredSensitivities(_Stored[OutputSensitivity]):
@@ -143,9 +142,7 @@ class _StoredSensitivities(_Stored[OutputSensitivity]):
 
     def __getitem__(self, name: str) -> OutputSensitivity:
         blocks, weights, tokens = (self.arrays[f"{name}.{part}"] for part in ("blocks", "weights", "tokens"))
-        return OutputSensitivity(
-            blocks=jnp.asarray(blocks), weights=jnp.asarray(weights), tokens=jnp.asarray(tokens[0])
-        )
+        return OutputSensitivity(blocks=blocks, weights=weights, tokens=np.asarray(tokens[0]))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

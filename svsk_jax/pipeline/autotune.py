@@ -16,11 +16,10 @@ from svsk_jax.parallel.distributed import barrier, is_lead
 from svsk_jax.parallel.groups import DeviceGroups
 from svsk_jax.pipeline.checks import default_dtype, refuse_packed
 from svsk_jax.pipeline.options import measured_options, options_file, remove_options
-from svsk_jax.pipeline.plan import Choices, Plan, drafted, layer_options, spend
+from svsk_jax.pipeline.plan import Choices, Plan, layers_ahead, measuring, spend
 from svsk_jax.pipeline.progress import OnProgress, Progress
 from svsk_jax.pipeline.quantize import within
 from svsk_jax.quant.allocation import Option
-from svsk_jax.quant.row_parts import Devices
 from svsk_jax.quant.types import QuantConfig, TileShape
 
 SEARCH = Choices(
@@ -87,20 +86,19 @@ def autotune(
     key = _key(source, statistics, config, choices, dtype)
     layers = source.config.num_layers
 
-    def measure(index: int, devices: Devices) -> dict[str, list[Option]]:
-        return layer_options(source, statistics, index, drafted(config), choices, dtype, devices)
-
     def report(done: int) -> None:
         if on_progress:
             on_progress(Progress(stage="autotune", layer=done, layers=layers))
 
-    options = measured_options(
-        layers,
-        lambda index: options_file(work, index, key),
-        measure,
-        DeviceGroups.of(mesh),
-        report,
-    )
+    groups = DeviceGroups.of(mesh)
+    with layers_ahead(source, dtype, groups) as weights:
+        options = measured_options(
+            layers,
+            lambda index: options_file(work, index, key),
+            measuring(source, statistics, config, choices, weights),
+            groups,
+            report,
+        )
     barrier()
     best = spend(options, config)
     plain = spend({name: [o for o in listed if _is_own(o, own)] for name, listed in options.items()}, config)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,14 @@ from svsk_jax.model.config import ModelConfig
 from svsk_jax.model.parameters import layer_linears, linear_inputs
 from svsk_jax.model.source import ModelSource
 from svsk_jax.parallel.groups import DeviceGroups
+from svsk_jax.parallel.read_ahead import ReadAhead
+from svsk_jax.pipeline.layer_statistics import Metrics, layer_statistics
 from svsk_jax.pipeline.options import measured_options, options_file
 from svsk_jax.pipeline.progress import OnProgress, Progress
 from svsk_jax.quant.allocation import Allocation, Option, allocate
 from svsk_jax.quant.budget import base_bytes
 from svsk_jax.quant.codebook import LINEAR
 from svsk_jax.quant.joint import (
-    InputMetric,
-    OutputMetric,
-    input_metric,
-    output_metric,
-    plain_output_metric,
     quantize_base,
     tile_blocks,
 )
@@ -41,36 +38,6 @@ from svsk_jax.storage.atomic import write_json
 from svsk_jax.storage.described import check_ranks
 
 FORMAT = 1
-Metrics = tuple[InputMetric, OutputMetric]
-
-
-def layer_metrics(
-    statistics: Statistics,
-    index: int,
-    weights: Mapping[str, Any],
-    reads: Mapping[str, str],
-    config: QuantConfig,
-) -> Iterator[tuple[str, Metrics]]:
-    """For each linear of a layer, one after the other, what an error costs at its input and at its output.
-    The metric of an input lives as long as the linears that share it: a layer may have hundreds.
-
-    Args:
-        statistics: of the model.
-        index: of the layer.
-        weights: of the layer, by path within it.
-        reads: from `parameters.linear_inputs`.
-        config: the recipe.
-    """
-    moments = statistics.layer(index)
-    sensitivities, weighted = statistics.sensitivities(index) if config.needs_sensitivity else ({}, {})
-    for read, names in itertools.groupby(reads, key=lambda name: reads[name]):
-        inputs = input_metric(moments[read], weighted.get(read), config)
-        for name in names:
-            W = jnp.asarray(weights[f"{name}.weight"], jnp.float32)
-            if name in sensitivities:
-                yield name, (inputs, output_metric(sensitivities[name], W.shape[0], config))
-            else:
-                yield name, (inputs, plain_output_metric(W, inputs.H))
 
 
 def drafted(config: QuantConfig) -> QuantConfig:
@@ -269,43 +236,64 @@ def plan_model(
         return Plan(recipe=recipe, config=config, tensors=fixed_plans(source.config, config))
     layers = source.config.num_layers
 
-    def measure(index: int, devices: Devices) -> dict[str, list[Option]]:
-        choices = Choices.of(config)
-        return layer_options(source, statistics, index, drafted(config), choices, dtype, devices)
+    groups = groups or DeviceGroups.of()
 
     def report(done: int) -> None:
         if on_progress:
             on_progress(Progress(stage="plan", layer=done, layers=layers))
 
-    options = measured_options(
-        layers,
-        lambda index: None if work is None else options_file(work, index, "plan"),
-        measure,
-        groups or DeviceGroups.of(),
-        report,
-    )
+    with layers_ahead(source, dtype, groups) as weights:
+        options = measured_options(
+            layers,
+            lambda index: None if work is None else options_file(work, index, "plan"),
+            measuring(source, statistics, config, Choices.of(config), weights),
+            groups,
+            report,
+        )
     chosen = spend(options, config)
     return Plan(recipe=recipe, config=config, tensors=chosen.plans, predicted_nats=chosen.nats)
 
 
 def layer_options(
-    source: ModelSource,
+    weights: Mapping[str, Any],
+    reads: Mapping[str, str],
     statistics: Statistics,
     index: int,
     config: QuantConfig,
     choices: Choices,
-    dtype: DTypeLike,
     devices: Devices = (),
 ) -> dict[str, list[Option]]:
-    """The options of each linear of a layer, by full path."""
-    weights = source.layer(index, dtype)
-    reads = linear_inputs(source.config, index)
-    return {
-        f"layers.{index}.{name}": measure_options(
-            jnp.asarray(weights[f"{name}.weight"], jnp.float32), metrics, config, choices, devices
-        )
-        for name, metrics in layer_metrics(statistics, index, weights, reads, config)
-    }
+    """The options of each linear of a layer, by full path; arguments as of `layer_statistics`."""
+    options = {}
+    for name, _, metrics in layer_statistics(statistics, index, weights, reads, config):
+        assert metrics is not None
+        W = jnp.asarray(weights[f"{name}.weight"], jnp.float32)
+        options[f"layers.{index}.{name}"] = measure_options(W, metrics, config, choices, devices)
+    return options
+
+
+def measuring(
+    source: ModelSource,
+    statistics: Statistics,
+    config: QuantConfig,
+    choices: Choices,
+    weights: ReadAhead[int, dict[str, Any]],
+) -> Callable[[int, Devices], dict[str, list[Option]]]:
+    """`layer_options` of the drafted recipe for a layer by number, on some devices."""
+
+    def measure(index: int, devices: Devices) -> dict[str, list[Option]]:
+        reads = linear_inputs(source.config, index)
+        return layer_options(weights.take(index), reads, statistics, index, drafted(config), choices, devices)
+
+    return measure
+
+
+def layers_ahead(
+    source: ModelSource, dtype: DTypeLike, groups: DeviceGroups
+) -> ReadAhead[int, dict[str, Any]]:
+    """Each layer's parameters in this process's order; as many are read ahead as it has groups."""
+    own = groups.own(source.config.num_layers)
+    return ReadAhead(lambda index: source.layer(index, dtype), own, len(groups.local))
 
 
 def spend(options: Mapping[str, list[Option]], config: QuantConfig) -> Allocation:

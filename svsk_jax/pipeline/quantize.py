@@ -23,7 +23,7 @@ from svsk_jax.pipeline.checks import check_weight, default_dtype, refuse_packed,
 from svsk_jax.pipeline.identity import run_identity
 from svsk_jax.pipeline.layers import LayerTotals, named, nbytes, quantize_layers
 from svsk_jax.pipeline.metadata import origin
-from svsk_jax.pipeline.plan import Plan, plan_model
+from svsk_jax.pipeline.plan import Plan, layers_ahead, plan_model
 from svsk_jax.pipeline.polish import polish
 from svsk_jax.pipeline.progress import OnProgress, Progress, Stopwatch, geometric_mean
 from svsk_jax.pipeline.quantize_layer import layer_errors, quantize_layer
@@ -174,21 +174,22 @@ def quantize(
 
             def layer_of(index: int, devices: Devices) -> StoredLayer:
                 reads = linear_inputs(source.config, index)
-                return quantize_layer(source.layer(index, dtype), statistics, index, reads, plan, devices)
+                return quantize_layer(weights.take(index), statistics, index, reads, plan, devices)
 
             layers = source.config.num_layers
             totals: dict[int, LayerTotals] = {}
             drafts: dict[int, dict[str, Any]] = {}
             writer = run.drafts if settings.polish else run.model
-            for index, layer in quantize_layers(writer, run.handover, layers, layer_of, groups):
-                totals[index] = LayerTotals.of(index, layer)
-                if settings.polish:
-                    drafts[index] = layer.parameters
-                watch.lap("quantize")
-                if on_progress:
-                    so_far = [error for each in totals.values() for error in each.errors.values()]
-                    mean = geometric_mean(so_far)
-                    on_progress(Progress(stage="quantize", layer=len(totals), layers=layers, error=mean))
+            with layers_ahead(source, dtype, groups) as weights:
+                for index, layer in quantize_layers(writer, run.handover, layers, layer_of, groups):
+                    totals[index] = LayerTotals.of(index, layer)
+                    if settings.polish:
+                        drafts[index] = layer.parameters
+                    watch.lap("quantize")
+                    if on_progress:
+                        so_far = [error for each in totals.values() for error in each.errors.values()]
+                        mean = geometric_mean(so_far)
+                        on_progress(Progress(stage="quantize", layer=len(totals), layers=layers, error=mean))
             if is_lead():
                 whole = [totals[index] for index in range(layers)]
                 errors = {name: error for each in whole for name, error in each.errors.items()}

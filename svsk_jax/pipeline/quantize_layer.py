@@ -3,18 +3,22 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels.svsk_matmul.reference import dequantize
 from svsk_jax.calibration.store import Statistics
 from svsk_jax.pipeline.checks import check_weight
-from svsk_jax.pipeline.plan import Plan, layer_metrics
+from svsk_jax.pipeline.layer_statistics import layer_statistics
+from svsk_jax.pipeline.plan import Plan
 from svsk_jax.quant.error import layer_error
 from svsk_jax.quant.joint import quantize_joint
 from svsk_jax.quant.linear import quantize_linear
 from svsk_jax.quant.row_parts import Devices
 from svsk_jax.quant.types import InputMoment
 from svsk_jax.storage.checkpoint import StoredLayer
+
+_dequantize = jax.jit(dequantize)
 
 
 def quantize_layer(
@@ -39,21 +43,11 @@ def quantize_layer(
     stored: dict[str, Any] = {
         path: jnp.asarray(value, jnp.float32) for path, value in parameters.items() if path not in linears
     }
-    moments = statistics.layer(index)
-    strong = plan.config.scales == "two_level"
     errors: dict[str, float] = {}
     predicted = 0.0
-    read, moment = "", None
-    each = (
-        layer_metrics(statistics, index, parameters, reads, plan.config)
-        if strong
-        else ((name, None) for name in reads)
-    )
-    for name, metrics in each:
+    for name, moment, metrics in layer_statistics(statistics, index, parameters, reads, plan.config):
         path = f"{name}.weight"
         dense = check_weight(jnp.asarray(parameters[path], jnp.float32), f"layers.{index}.{path}")
-        if moment is None or reads[name] != read:
-            read, moment = reads[name], moments[reads[name]]
         if metrics is not None:
             of_tensor = plan.tensors[f"layers.{index}.{name}"]
             result = quantize_joint(dense, *metrics, of_tensor, plan.config, devices)
@@ -61,7 +55,7 @@ def quantize_layer(
             predicted += result.nats
         else:
             stored[path] = quantize_linear(dense, moment, plan.config)
-            restored = dequantize(stored[path])
+            restored = _dequantize(stored[path])
         errors[name] = float(layer_error(dense, restored, moment))
     return StoredLayer(parameters=stored, errors=errors, predicted_nats=predicted)
 
@@ -77,7 +71,7 @@ def layer_errors(
         name: float(
             layer_error(
                 jnp.asarray(parameters[f"{name}.weight"], jnp.float32),
-                dequantize(stored[f"{name}.weight"]),
+                _dequantize(stored[f"{name}.weight"]),
                 moments[read],
             )
         )

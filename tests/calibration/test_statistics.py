@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from svsk_jax.calibration import store
-from svsk_jax.calibration.statistics import add_up, embed_batches, layer_moments, no_moments
+from svsk_jax.calibration.statistics import add_up, device_moment, embed_batches, layer_moments, no_moments
 from svsk_jax.model import DecoderLayer
 from svsk_jax.model.parameters import LINEAR_INPUTS, layer_parameters, random_parameters
 from svsk_jax.parallel import make_mesh, sharding
@@ -100,3 +100,14 @@ def test_statistics_that_are_not(tmp_path, content):
         (tmp_path / store.MANIFEST).write_text(content)
     with pytest.raises(ValueError, match=r"--calib-stats .*svsk calibrate"):
         store.Statistics.open(tmp_path)
+
+
+def test_moments_of_half_precision_are_exact_sums():
+    """Products of two bf16 are exact in f32: nothing is lost by not widening x first."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 6)), jnp.bfloat16)
+    mask = jnp.asarray([[1.0] * 8, [0.0] * 8])
+    moment = device_moment(x, mask, True, 1, is_mask=True)
+    rows = np.asarray(x[0], np.float64)
+    np.testing.assert_allclose(moment.total[0], rows.T @ rows, rtol=1e-5, atol=1e-5)
+    assert moment.total.dtype == jnp.float32
+    assert moment.tokens[0, 0] == 8

@@ -11,7 +11,8 @@ from support import TINY, MemorySource
 from svsk_jax import pipeline
 from svsk_jax.calibration.config import CalibrationConfig
 from svsk_jax.calibration.store import Statistics
-from svsk_jax.model.parameters import QUANTIZED_LINEARS
+from svsk_jax.model.parameters import QUANTIZED_LINEARS, linear_inputs
+from svsk_jax.pipeline import plan as planning
 from svsk_jax.pipeline.plan import Choices, Plan, spend
 from svsk_jax.quant.types import SVSKWeight, TileShape, recipe
 from svsk_jax.storage import SavedModel
@@ -59,7 +60,14 @@ def options(measured):
     """What an uninterrupted run measures of each layer."""
     source, statistics = measured
     return [
-        module.layer_options(source, statistics, index, CONFIG, CHOICES, jnp.float32)
+        planning.layer_options(
+            source.layer(index, jnp.float32),
+            linear_inputs(source.config, index),
+            statistics,
+            index,
+            CONFIG,
+            CHOICES,
+        )
         for index in range(LAYERS)
     ]
 
@@ -69,11 +77,11 @@ def calls(options, monkeypatch):
     """Layers that are measured from now on; `options` are what is found."""
     indices = []
 
-    def record(source, statistics, index, *settings):
+    def record(weights, reads, statistics, index, *settings):
         indices.append(index)
         return options[index]
 
-    monkeypatch.setattr(module, "layer_options", record)
+    monkeypatch.setattr(planning, "layer_options", record)
     return indices
 
 

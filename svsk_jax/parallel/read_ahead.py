@@ -1,0 +1,43 @@
+"""Reading on a thread of its own what comes next, while what came before is being worked on."""
+
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item", bound=Hashable)
+T = TypeVar("T")
+
+
+class ReadAhead(Generic[Item, T]):
+    """`take(item)` gives `read(item)`; the items behind it are read meanwhile. A context manager: at its end
+    nothing is read any more.
+
+    Args:
+        read: called on the thread, with one item at a time; an error is raised by the `take` of its item.
+        items: in the order in which they will be taken; some may be left out.
+        depth: how many items are read ahead, which is how many more than those taken are in memory.
+    """
+
+    def __init__(self, read: Callable[[Item], T], items: Sequence[Item], depth: int = 1):
+        self._read, self._items, self._depth = read, items, depth
+        self._places = {item: place for place, item in enumerate(items)}
+        self._reading: dict[Item, Future[T]] = {}
+        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(max_workers=1)
+
+    def __enter__(self) -> "ReadAhead[Item, T]":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def take(self, item: Item) -> T:
+        """The item, which is not kept."""
+        place = self._places[item]
+        with self._lock:
+            for coming in self._items[place : place + 1 + self._depth]:
+                if coming not in self._reading:
+                    self._reading[coming] = self._thread.submit(self._read, coming)
+            found = self._reading.pop(item)
+        return found.result()
