@@ -61,10 +61,11 @@ def write_checkpoint(folder: Path, config: ModelConfig) -> None:
 
 
 class Laps:
-    """Wall time at which each layer of each stage was done."""
+    """Wall time that each layer of each stage took, and the device's peak memory by the end of each stage."""
 
     def __init__(self):
         self.done: dict[str, list[float]] = {}
+        self.peaks: dict[str, float | None] = {}
         self._mark = time.perf_counter()
 
     def __call__(self, event: Progress) -> None:
@@ -72,6 +73,7 @@ class Laps:
         now = time.perf_counter()
         self.done.setdefault(event.stage, []).append(now - self._mark)
         self._mark = now
+        self.peaks[event.stage] = device_peak_mb()
         print(f"  {event.stage:<12} layer {event.layer}: {self.done[event.stage][-1]:7.2f} s", flush=True)
 
 
@@ -111,6 +113,7 @@ def measure(config: ModelConfig, name: str, layers: int, chunks: int, work: Path
         "once_or_overlapped": once,
         "estimate_seconds": {**estimate, "total": sum(estimate.values())},
         "device_peak_mb": peak,
+        "device_peak_mb_by_the_end_of": laps.peaks,
         "device_peak_mb_beyond_a_layer": None if peak is None else peak - block,
         "host_peak_mb": peak_mb(),
         "linear_bits_per_weight": result.budget.linear_bits,
