@@ -4,11 +4,14 @@ import dataclasses
 import sys
 from typing import Annotated, Any
 
+import jax
 import tyro
+from transformers import PreTrainedTokenizerBase
 
 from svsk_jax.cli.common import ModelFlags, Verb, console
 from svsk_jax.models import Weights, load_model, open_model
 from svsk_jax.parallel import parse_mesh
+from svsk_jax.runtime.batch import generate_batch
 from svsk_jax.runtime.chat import chat, encode_chat, encode_prompt, stop_ids
 from svsk_jax.runtime.generate import GenerationResult, TextGenerator
 from svsk_jax.runtime.sampling import SamplingConfig
@@ -18,8 +21,9 @@ from svsk_jax.runtime.sampling import SamplingConfig
 class Generate(ModelFlags, Verb):
     """Let a model write. Without --prompt, hold a conversation."""
 
-    prompt: Annotated[str | None, tyro.conf.arg(aliases=("-p",))] = None
-    """What to say to the model."""
+    prompt: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("-p",))] = ()
+    """What to say to the model. Several prompts are answered side by side where a GPU runs packed weights,
+    one after another elsewhere."""
     system: str | None = None
     """System message."""
     raw: bool = False
@@ -37,18 +41,19 @@ class Generate(ModelFlags, Verb):
 
     def run(self) -> dict[str, Any]:
         """Generate."""
-        if self.raw and self.prompt is None:
+        if self.raw and not self.prompt:
             raise ValueError("--raw: give a --prompt to continue")
         mesh = None if self.mesh is None else parse_mesh(self.mesh)
         source = open_model(self.model, revision=self.revision)
         tokenizer = source.tokenizer()
-        model = (
-            load_model(source, weights=self.weights)
-            if mesh is None
-            else load_model(source, weights=self.weights, mesh=mesh)
-        )
+        if mesh is None:
+            model = load_model(source, weights=self.weights)
+        else:
+            model = load_model(source, weights=self.weights, mesh=mesh)
         generator = TextGenerator(model, tokenizer, stop_ids=stop_ids(source.generation_config, tokenizer))
-        if self.prompt is None:
+        if jax.default_backend() != "cpu" and generator.why_not_fused:
+            console.print(f"[dim]a token at a time: {generator.why_not_fused}[/]")
+        if not self.prompt:
             messages = chat(
                 generator,
                 ask=_ask,
@@ -59,10 +64,20 @@ class Generate(ModelFlags, Verb):
                 on_result=show_speed,
             )
             return {"messages": [dict(message) for message in messages]}
+        prompts = [self._encode(tokenizer, prompt) for prompt in self.prompt]
+        if len(prompts) == 1:
+            return stream_text(generator, prompts[0], self.max_tokens, self.sampling)
+        results = generate_batch(generator, prompts, max_tokens=self.max_tokens, sampling=self.sampling)
+        for prompt, result in zip(self.prompt, results, strict=True):
+            show(f"> {prompt}\n{result.text}\n\n")
+            show_speed(result)
+        return {"texts": [dataclasses.asdict(result) for result in results]}
+
+    def _encode(self, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+        if self.raw:
+            return encode_prompt(tokenizer, prompt)
         messages = [{"role": "system", "content": self.system}] if self.system else []
-        messages.append({"role": "user", "content": self.prompt})
-        ids = encode_prompt(tokenizer, self.prompt) if self.raw else encode_chat(tokenizer, messages)
-        return stream_text(generator, ids, self.max_tokens, self.sampling)
+        return encode_chat(tokenizer, [*messages, {"role": "user", "content": prompt}])
 
 
 def stream_text(

@@ -78,6 +78,7 @@ class TextGenerator:
 
     Attributes:
         fused: whether tokens come by the decode step of few kernels, in bursts.
+        why_not_fused: why they don't, or None.
         copies: of the model, which may take different texts: the size of the mesh's `data` axis.
 
     Raises:
@@ -104,7 +105,8 @@ class TextGenerator:
         here = model.shares if isinstance(model, ParallelDecoder) else model
         # Flattened once: taking a module apart in Python costs more than a step of a small model.
         self._leaves, structure = jax.tree.flatten(here)
-        self.fused = why_not_fused(here) is None
+        self.why_not_fused = why_not_fused(here)
+        self.fused = self.why_not_fused is None
         self.copies = 1
         slots = steps.slots_for(self.capacity) if self.fused else self.capacity
         prefill = partial(steps.prefill, structure, slots)

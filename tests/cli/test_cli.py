@@ -118,6 +118,26 @@ def test_generate_is_seeded(quantized, tmp_path, capsys):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_several_prompts_are_answered_as_each_alone(quantized, tmp_path):
+    prompts, alone = ["Hello", "To be"], []
+    command = [
+        "generate",
+        "--model",
+        quantized[0],
+        "--raw",
+        "--max-tokens",
+        12,
+        "--json",
+        tmp_path / "g.json",
+    ]
+    for prompt in prompts:
+        assert svsk(*command, "--prompt", prompt) == 0
+        alone.append(json.loads((tmp_path / "g.json").read_text())["text"])
+    assert svsk(*command, "--prompt", *prompts) == 0
+    together = json.loads((tmp_path / "g.json").read_text())["texts"]
+    assert [result["text"] for result in together] == alone
+
+
 def test_generate_over_a_mesh(quantized, capsys):
     command = ["generate", "--model", quantized[0], "--prompt", "Hello", "--raw", "--max-tokens", 12]
     texts = []
