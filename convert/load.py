@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from svsk_jax.model.decoder import Decoder
+from svsk_jax.model.experts import stack_experts
 from svsk_jax.model.source import ModelSource
 from svsk_jax.parallel.parameters import leaf_sharding
 
@@ -26,7 +27,9 @@ def load_parameters(source: ModelSource, dtype: DTypeLike, mesh: Mesh | None = N
 
 def load_decoder(source: ModelSource, dtype: DTypeLike, mesh: Mesh | None = None) -> Decoder:
     """The decoder over `load_parameters`, with activations in `dtype`."""
-    return Decoder(source.config, load_parameters(source, dtype, mesh), jnp.dtype(dtype))
+    # Experts are stacked while nobody else holds them: each is let go of as its stack is made.
+    parameters = stack_experts(load_parameters(source, dtype, mesh))
+    return Decoder(source.config, parameters, jnp.dtype(dtype))
 
 
 def _place(values: dict[str, Any], prefix: str, mesh: Mesh | None) -> dict[str, Any]:

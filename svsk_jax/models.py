@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from convert.load import load_parameters
 from convert.source import open_checkpoint
 from svsk_jax.model.decoder import Decoder
+from svsk_jax.model.experts import stack_experts
 from svsk_jax.model.laid_out import lay_out_for_device
 from svsk_jax.model.linear import to_dense
 from svsk_jax.model.source import ModelSource
@@ -86,4 +87,4 @@ def load_model(
         }
     else:
         parameters = lay_out_for_device(parameters, dtype)
-    return Decoder(source.config, parameters, dtype)
+    return Decoder(source.config, stack_experts(parameters), dtype)

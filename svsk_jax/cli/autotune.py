@@ -75,6 +75,9 @@ class Autotune(MeshFlags, ModelFlags, Verb):
                 mesh=mesh,
                 on_progress=on_progress,
             )
+            # Measuring takes more memory than all before, and what was found took hours.
+            if is_lead():
+                tuned.plan.save(self.output)
             measured = {}
             if self.measure == "on":
                 plans = {"default": tuned.default, "tuned": tuned.plan}

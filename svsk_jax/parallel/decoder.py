@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from svsk_jax.model.config import ModelConfig
 from svsk_jax.model.decoder import Decoder
+from svsk_jax.model.experts import stack_experts
 from svsk_jax.model.laid_out import lay_out_for_device
 from svsk_jax.model.linear import to_dense
 from svsk_jax.model.source import ParameterSource
@@ -112,7 +113,8 @@ def _cut(
         whole = jax.tree.map(np.asarray, value)
         for share, part in zip(shares, cut_parameter(path, whole, config, parts, prefix), strict=True):
             share[path] = part
-    return shares
+    # Before a leaf gets its axis of shares, which comes first.
+    return [dict(stack_experts(share)) for share in shares]
 
 
 def _placed(shares: list[dict[str, Any]], mesh: Mesh, dtype: DTypeLike, lay_out: LayOut) -> dict[str, Any]:

@@ -22,6 +22,8 @@ LONGEST_WAIT = 7 * 24 * 3600 * 1000
 """Milliseconds that a process waits for another. One that ended is noticed otherwise."""
 HEARTBEAT = 30
 """Seconds after which a process that says nothing is taken for dead."""
+COORDINATOR_STAYS = 2.0
+"""Seconds that the coordinator's process outlives another one's failure."""
 FAREWELL = 10.0
 """Seconds that a process which failed waits for the others to end."""
 FAILURE, ENDED = "svsk/failure", "svsk/ended"
@@ -103,8 +105,9 @@ def _watch() -> None:
     state = runtime.global_state
     while True:
         time.sleep(0.5)
+        client = state.client
         try:
-            found = state.client and state.client.key_value_try_get(FAILURE)
+            found = client and client.key_value_try_get(FAILURE)
         except jax.errors.JaxRuntimeError:
             continue
         if not found:
@@ -114,6 +117,9 @@ def _watch() -> None:
             return
         print(f"process {state.process_id}: process {process} failed: {message}", file=sys.stderr)
         _say_ended()
+        if is_lead():
+            # Its end is that of the coordinator, where the one that failed still waits for the others.
+            time.sleep(COORDINATOR_STAYS)
         _leave(status)
 
 

@@ -37,7 +37,12 @@ def launch(command: Sequence[str], processes: int, devices: int | None = None) -
     start = [sys.executable, "-m", "svsk_jax.cli", *command, "--distributed"]
     start += ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(processes)]
     running = [
-        subprocess.Popen([*start, "--process-id", str(process)], env=environment(process, devices))
+        subprocess.Popen(
+            [*start, "--process-id", str(process)],
+            env=environment(process, devices),
+            # A terminal would interrupt it once more, in the midst of its cleaning up.
+            start_new_session=True,
+        )
         for process in range(processes)
     ]
 

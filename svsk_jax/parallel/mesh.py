@@ -1,6 +1,7 @@
 """The mesh of devices, `data` × `model`, and which of its axes each logical axis is divided over."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,11 +16,9 @@ MESH_AXIS: dict[str, str | tuple[str, ...] | None] = {
     "chunks": (DATA, MODEL),  # chunks of calibration text: the parameters of the layer at hand are everywhere
     "group_sums": DATA,  # what each `model` group added up of its chunks
     "moment_rows": MODEL,  # rows of a second moment H
-    "weight_rows": MODEL,  # rows of a matrix while it is quantized
     "heads": MODEL,  # attention heads, and the columns of the output projection that read them
     "mlp": MODEL,  # hidden units between gate, up and down
     "vocabulary": MODEL,  # rows of embedding and head
-    "experts": MODEL,
     "hidden": None,  # the residual stream is whole everywhere
     "tokens": None,
 }
@@ -35,7 +34,7 @@ def make_mesh(data: int = 0, model: int = 1, devices: Sequence[Any] | None = Non
         devices: default all, of every process.
 
     Raises:
-        ValueError: not so many devices, or `model` does not divide them.
+        ValueError: not so many devices, `model` does not divide them, or processes would have unlike parts.
     """
     devices = jax.devices() if devices is None else devices
     if data < 0 or model < 1:
@@ -51,7 +50,16 @@ def make_mesh(data: int = 0, model: int = 1, devices: Sequence[Any] | None = Non
             f"--mesh data={data},model={model}: needs {data * model} devices, {len(devices)} are here; "
             "with --distributed the devices of all processes count"
         )
-    grid = np.asarray(devices[: data * model], dtype=object).reshape(data, model)
+    taken = devices[: data * model]
+    by_process = Counter(device.process_index for device in taken)
+    idle = {device.process_index for device in devices} - by_process.keys()
+    if idle or len(set(by_process.values())) > 1:
+        raise ValueError(
+            f"--mesh data={data},model={model}: leaves out devices of processes "
+            f"{', '.join(map(str, sorted(idle or by_process)))}; it must have as many of each, so take all "
+            f"{len(devices)} devices or start fewer processes"
+        )
+    grid = np.asarray(taken, dtype=object).reshape(data, model)
     return Mesh(grid, (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto))
 
 

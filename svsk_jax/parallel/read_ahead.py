@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 class ReadAhead(Generic[Item, T]):
     """`take(item)` gives `read(item)`; the items behind it are read meanwhile. A context manager: at its end
-    nothing is read any more.
+    nothing is read any more. Items may be taken from several threads, up to `depth` out of order.
 
     Args:
         read: called on the thread, with one item at a time; an error is raised by the `take` of its item.
@@ -40,4 +40,7 @@ class ReadAhead(Generic[Item, T]):
                 if coming not in self._reading:
                     self._reading[coming] = self._thread.submit(self._read, coming)
             found = self._reading.pop(item)
+            # Left out: whatever lies further back than items may be taken out of order.
+            for other in [each for each in self._reading if self._places[each] < place - self._depth]:
+                self._reading.pop(other).cancel()
         return found.result()

@@ -69,7 +69,7 @@ def quantize_layers(
     for index in own:
         if is_lead() and (layer := stored(index)) is not None:
             yield index, layer
-        elif is_lead() or not (handover.has(index) or writer.read(index)):
+        elif is_lead() or not (handover.take(index) or writer.read(index)):
             missing.append(index)
     with closing(groups.each(missing, quantize)) as fresh:
         for index, layer in zip(missing, fresh, strict=True):

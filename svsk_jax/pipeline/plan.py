@@ -291,9 +291,14 @@ def measuring(
 def layers_ahead(
     source: ModelSource, dtype: DTypeLike, groups: DeviceGroups
 ) -> ReadAhead[int, dict[str, Any]]:
-    """Each layer's parameters in this process's order; as many are read ahead as it has groups."""
+    """Each layer's parameters in this process's order, in host memory, whence each group takes them to its
+    own devices; as many are read ahead as there are groups."""
+
+    def read(index: int) -> dict[str, Any]:
+        return {path: np.asarray(value) for path, value in source.layer(index, dtype).items()}
+
     own = groups.own(source.config.num_layers)
-    return ReadAhead(lambda index: source.layer(index, dtype), own, len(groups.local))
+    return ReadAhead(read, own, len(groups.local))
 
 
 def spend(options: Mapping[str, list[Option]], config: QuantConfig) -> Allocation:

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from support import TINY, MemorySource, byte_tokenizer
 from weights import random_int8, random_weight
 
-from svsk_jax.model import Decoder, KVCache
+from svsk_jax.model import Decoder, KVCache, Mixture
 from svsk_jax.model import fused_step as fused_module
 from svsk_jax.model.fused_step import fused_step
 from svsk_jax.model.laid_out import lay_out_parameters
@@ -77,6 +77,16 @@ def test_dense(data, model, changes):
     spread = load_model(source, mesh=make_mesh(data, model))
     tokens = tokens_of(config)
     assert relative(run(spread, tokens), run(alone, tokens)) < 1e-5
+
+
+def test_experts_are_whole_on_every_device():
+    mixture = Mixture(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+    config = dataclasses.replace(TINY, architecture="qwen3_moe", qk_norm=True, num_layers=1, mixture=mixture)
+    source = MemorySource(config)
+    alone = Decoder(config, {path: jnp.asarray(value) for path, value in source.parameters.items()})
+    as_they_are = load_parallel(source, jnp.float32, make_mesh(1, 2), lay_out=lambda share, dtype: share)
+    tokens = tokens_of(config, batch=2)
+    assert relative(run(as_they_are, tokens), run(alone, tokens)) < 1e-5
 
 
 @pytest.mark.parametrize(

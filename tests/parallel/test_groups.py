@@ -6,12 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import TINY, MemorySource
 
+from svsk_jax import pipeline
 from svsk_jax.parallel import make_mesh
 from svsk_jax.parallel.groups import DeviceGroups, in_threads
 from svsk_jax.pipeline.options import measured_options, options_file, write_options
+from svsk_jax.pipeline.plan import layers_ahead
 from svsk_jax.quant.allocation import Option
 from svsk_jax.quant.types import TileShape
+from svsk_jax.storage import SavedModel
 
 
 def test_groups_are_the_rows_of_a_mesh():
@@ -112,3 +116,10 @@ def test_layers_of_other_processes_are_read_not_measured(tmp_path):
         measured_options(
             5, lambda index: options_file(tmp_path, index, "key"), measure, groups, reported.append
         )
+
+
+def test_layers_come_from_the_host_also_of_a_model_that_svsk_saved(tmp_path):
+    """On the device that orbax restores to, every group would work there."""
+    pipeline.convert(MemorySource(TINY), tmp_path / "saved", dtype=jnp.float32)
+    with layers_ahead(SavedModel(tmp_path / "saved"), jnp.float32, DeviceGroups.of()) as layers:
+        assert all(type(value) is np.ndarray for value in layers.take(1).values())

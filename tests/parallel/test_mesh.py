@@ -1,5 +1,7 @@
 """The mesh that a user asks for."""
 
+from types import SimpleNamespace
+
 import jax
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -35,6 +37,13 @@ def test_more_devices_than_there_are_is_refused():
 def test_a_model_axis_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="does not divide"):
         make_mesh(model=3)
+
+
+def test_a_mesh_without_some_processes_devices_is_refused():
+    devices = [SimpleNamespace(process_index=number // 2) for number in range(4)]
+    for data, left_out in ((2, "processes 1;"), (3, "processes 0, 1;")):
+        with pytest.raises(ValueError, match=left_out):
+            make_mesh(data, devices=devices)
 
 
 def test_logical_axes_find_their_mesh_axis():

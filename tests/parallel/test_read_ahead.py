@@ -1,6 +1,7 @@
 """What is read while something else is worked on."""
 
 import threading
+import weakref
 
 import pytest
 
@@ -33,3 +34,20 @@ def test_an_error_is_that_of_its_item():
         with pytest.raises(ValueError, match="item 1"):
             ahead.take(1)
         assert ahead.take(2) == 2
+
+
+def test_what_is_left_out_is_let_go_of():
+    class Layer:
+        pass
+
+    alive = weakref.WeakSet()
+
+    def read(item):
+        layer = Layer()
+        alive.add(layer)
+        return layer
+
+    with ReadAhead(read, range(40)) as ahead:
+        for item in range(0, 40, 2):
+            ahead.take(item)
+        assert len(alive) <= 4
