@@ -28,6 +28,8 @@ HELD_OUT = 16
 """One chunk in so many chooses among the iterates and is not trained on."""
 CHECKS = 8
 """How often it is asked."""
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.99))
+"""Adam but for the learning rate, which is an argument of a step: steps of any rate are compiled once."""
 
 Layer = dict[str, Any]
 """Stored parameters of a decoder layer by path within it."""
@@ -81,8 +83,10 @@ def polish(
     best = jax.tree.map(jnp.copy, current)
     warmup = steps // 20
     schedule = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, warmup, max(steps, warmup + 1))
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
-    state = optimizer.init(current)
+    # optax mixes dtypes, here and in a step.
+    with jax.numpy_dtype_promotion("standard"):
+        rates = jnp.asarray(schedule(jnp.arange(steps)))
+    state = OPTIMIZER.init(current)
     batch = max(1, min(BATCH_TOKENS // ids.shape[1], int(np.sum(~held))))
 
     def check(deviations: Deviations) -> float:
@@ -96,7 +100,7 @@ def polish(
     every = max(1, math.ceil(steps / CHECKS))
     for step, rows in enumerate(_batches(np.flatnonzero(~held), batch, steps), start=1):
         current, state = _step(
-            source.config, optimizer, current, state, fixed, tail, streams[rows], targets[rows]
+            source.config, current, state, rates[step - 1], fixed, tail, streams[rows], targets[rows]
         )
         if step % every == 0 or step == steps:
             found = check(current)
@@ -173,20 +177,19 @@ def _mean_divergence(
 _divergence = jax.jit(_mean_divergence, static_argnums=(0, 6))
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
+@partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
 def _step(
     config: ModelConfig,
-    optimizer: optax.GradientTransformation,
     deviations: Deviations,
     state: Any,
+    rate: Float[Array, ""],
     fixed: Sequence[Layer],
     tail: Decoder,
     x: Float[Array, "b t d"],
     target: Float[Array, "b t d"],
 ) -> tuple[Deviations, Any]:
     gradient = jax.grad(_mean_divergence, argnums=1)(config, deviations, fixed, tail, x, target, False)
-    # optax raises floats to the power of an integer count.
     with jax.numpy_dtype_promotion("standard"):
-        updates, state = optimizer.update(gradient, state, deviations)
-    moved: Any = optax.apply_updates(deviations, updates)
+        updates, state = OPTIMIZER.update(gradient, state, deviations)
+    moved: Any = optax.apply_updates(deviations, jax.tree.map(lambda by: -rate * by, updates))
     return moved, state

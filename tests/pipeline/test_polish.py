@@ -29,6 +29,12 @@ STRONG = dataclasses.replace(
 )
 
 
+@pytest.fixture(autouse=True)
+def steps_of_one_shape(monkeypatch):
+    """Steps of few tokens, which are compiled once for all tests here."""
+    monkeypatch.setattr(module, "BATCH_TOKENS", 512)
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     source = MemorySource(TINY)
@@ -60,7 +66,6 @@ def divergence(source, folder):
 
 
 def test_polish_lowers_the_divergence_at_the_same_bytes(measured, plain, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "BATCH_TOKENS", 512)
     monkeypatch.setattr(module, "LEARNING_RATE", 3e-3)
     source, (folder, unpolished) = measured[0], plain
     result = polished(measured, tmp_path / "out", 48)
