@@ -1,5 +1,5 @@
-"""Residual streams off the devices, in the host's memory or, past a limit, on disk: those that the Fisher pass
-walks back through, and all of them where they do not fit the devices."""
+"""Residual streams off the devices, in the host's memory or, past a limit, on disk: those that the Fisher
+pass walks back through, and all of them where they do not fit the devices."""
 
 import tempfile
 from collections.abc import Hashable

@@ -88,7 +88,10 @@ class Walk:
                 layer = DecoderLayer(
                     self.source.config, {path: jnp.asarray(value) for path, value in parameters.items()}
                 )
-                yield index, put(layer, sharding(self.mesh))
+                layer = put(layer, sharding(self.mesh))
+                del parameters
+                yield index, layer
+                del layer
 
     @property
     def _kept_batches(self) -> int:
@@ -148,9 +151,7 @@ class Walk:
                 x = from_local_rows(kept.get(index, batch), self._place)
                 if blocks is None:
                     blocks = no_blocks(layer, x, self.mesh)
-                below, blocks, found = layer_sensitivity(
-                    layer, x, upstream.take(batch), blocks, self.mesh
-                )
+                below, blocks, found = layer_sensitivity(layer, x, upstream.take(batch), blocks, self.mesh)
                 upstream.put(batch, below)
                 weights.append(one_copy(found))
             assert blocks is not None
@@ -161,9 +162,7 @@ class Walk:
                 x = from_local_rows(kept.pop(index, batch), self._place)
                 if sums is None:
                     sums = no_moments(layer, x, self.masks[0], self.mesh, True)
-                part = {
-                    name: put(self._batch(value, batch), self._place) for name, value in by_token.items()
-                }
+                part = {name: put(self._batch(value, batch), self._place) for name, value in by_token.items()}
                 sums = weighted_moments(layer, x, part, sums, self.mesh)
             assert sums is not None
             moments = add_up(sums, self.mesh, True)
