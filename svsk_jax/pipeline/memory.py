@@ -31,9 +31,12 @@ from svsk_jax.pipeline.working_sets import (
 )
 
 DEFAULT_CHUNK = 512
-PROGRAMS = {"text": 0.25, "calibrate": 0.25, "sensitivity": 0.45, "plan": 0.55, "quantize": 0.85}
+PROGRAMS = {"text": 0.2, "calibrate": 0.15, "sensitivity": 0.3, "plan": 0.41, "quantize": 0.62}
 """GB that compiling and compiled programs take of a process on a CPU by the end of each stage; measured
-(benchmarks/scale/size.py)."""
+(docs/decisions/0008)."""
+SCATTERED, MOST_SCATTERED = 3, 10**9
+"""On a CPU the many small arrays of rounding are freed in no order, and the allocator keeps this many times
+what is alive; arrays past its limit of 32 MB go back at once, which bounds that to about so many bytes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,6 +156,7 @@ def plan_quantization(model: ModelConfig, machine: Machine, limit: int | None = 
     if machine.shares_host:
         # Embedding and head are read, and made int8 in slabs, before the first layer.
         arrays = max(arrays + outer_weights(model), (machine.itemsize + 2) * outer_weights(model))
+        arrays += min(SCATTERED * arrays, MOST_SCATTERED)
     peaks = {stage: arrays + _programs(machine, stage) for stage in ("plan", "quantize")}
     if limit is not None:
         for stage, peak in peaks.items():
