@@ -134,11 +134,11 @@ def plan_calibration(
                 return found
     assert found is not None
     stage = max(found.peaks, key=lambda name: found.peaks[name])
-    advice = "a shorter --calibration.chunk-length"
+    advice = "a shorter --chunk-length"
     if stage == "sensitivity":
-        advice += ", --calibration.fisher off"
+        advice += ", --fisher off"
     elif calibration.moments == "full":
-        advice += ", --calibration.moments diagonal"
+        advice += ", --moments diagonal"
     if machine.copies > 1:
         advice += ", fewer devices"
     _check(found.peaks[stage], limit, stage, f"give {advice}, or a smaller model", smallest=True)
