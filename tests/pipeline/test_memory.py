@@ -132,7 +132,8 @@ def test_what_a_batch_takes_is_what_xla_takes():
             (forwards, widths.forwards(batch * length, length, 4)),
             (backwards, widths.backwards(batch * length, length, 4)),
         ):
-            assert lowered.compile().memory_analysis().temp_size_in_bytes == pytest.approx(expected, rel=0.2)
+            taken = lowered.compile().memory_analysis().temp_size_in_bytes
+            assert 0.4 * expected < taken < 1.1 * expected
 
 
 def test_devices_of_a_cpu_share_its_memory():
@@ -162,10 +163,10 @@ def test_refused_before_any_work(tmp_path, capsys):
     (tmp_path / "model").mkdir()
     model = write_checkpoint(tmp_path / "model", 0)
     flags = ["--model", str(model), "--calib", "documentation"]
-    assert cli.main(["calibrate", *flags, "--output", str(tmp_path / "s"), "--max-memory", "0.05"]) == 2
-    assert "--max-memory 0.05" in capsys.readouterr().err
-    assert cli.main(["plan", *flags, "--max-memory", "0.05"]) == 2
-    assert "--max-memory 0.05" in capsys.readouterr().err
+    for command in (["calibrate", "--output", str(tmp_path / "s")], ["plan"]):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main([*command, *flags, "--max-memory", "0.05"])
+        assert "--max-memory 0.05" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
