@@ -36,6 +36,11 @@ def text_identity(calib: Sequence[str]) -> dict[str, float]:
     return identity
 
 
+def writes_own_text(calib: Sequence[str]) -> bool:
+    """Whether some of the text in `CalibrationConfig.calib` is written by the model itself."""
+    return any(SELF in ALIASES.get(name, {name: 1.0}) for name in parse_mixture(calib))
+
+
 def calibration_chunks(source: ModelSource, calibration: CalibrationConfig, dtype: DTypeLike) -> Chunks:
     """Chunks of the texts in `calibration.calib`, tokenized with the model's tokenizer.
 

@@ -29,6 +29,7 @@ from svsk_jax.calibration.statistics import (
     masks,
     no_moments,
 )
+from svsk_jax.calibration.streams import Streams
 from svsk_jax.model.decoder import Decoder, DecoderLayer
 from svsk_jax.model.source import ModelSource
 from svsk_jax.parallel import make_mesh, sharding
@@ -47,6 +48,7 @@ class Walk:
         batch_tokens: tokens that one device takes at once.
         dtype: of the activations.
         mesh: `data` × `model` devices; default all, along `data`. Every process of it walks along.
+        store: where streams lie between layers; None leaves them on the devices.
     """
 
     def __init__(
@@ -57,11 +59,17 @@ class Walk:
         batch_tokens: int,
         dtype: DTypeLike,
         mesh: Mesh | None = None,
+        store: BlockInputs | None = None,
     ):
-        self.source, self.outer, self.dtype = source, outer, dtype
+        self.source, self.dtype = source, dtype
         self.mesh = make_mesh() if mesh is None else mesh
-        embedding = np.asarray(outer["embedding.weight"]).astype(jnp.dtype(dtype))
-        self.streams, self.masks = embed_batches(embedding, ids, batch_tokens, self.mesh)
+        embedding = np.asarray(outer["embedding.weight"]).astype(jnp.dtype(dtype), copy=False)
+        self._place, self._store = sharding(self.mesh, "chunks"), store
+        self.streams = Streams("streams", self._place, store)
+        self.masks = []
+        for batch, (rows, mask) in enumerate(embed_batches(embedding, ids, batch_tokens, self.mesh)):
+            self.streams.put(batch, rows)
+            self.masks.append(mask)
         self.batch_chunks = len(self.masks[0])
         self.chunks, self.length = ids.shape
         self.kept_chunks = 0
@@ -72,8 +80,10 @@ class Walk:
         with ReadAhead(lambda index: self.source.layer(index, self.dtype), indices) as ahead:
             for index in indices:
                 parameters = {path: jnp.asarray(value) for path, value in ahead.take(index).items()}
-                layer = DecoderLayer(self.source.config, parameters)
-                yield index, put(layer, sharding(self.mesh))
+                layer = put(DecoderLayer(self.source.config, parameters), sharding(self.mesh))
+                del parameters
+                yield index, layer
+                del layer
 
     @property
     def _kept_batches(self) -> int:
@@ -94,13 +104,16 @@ class Walk:
             self.kept_chunks = min(keep_chunks, self.chunks)
         last = None
         for index, layer in self._layers(range(self.source.config.num_layers)):
-            sums = no_moments(layer, self.streams[0], self.masks[0], self.mesh, full)
+            sums = None
             for batch, mask in enumerate(self.masks):
+                x = self.streams.take(batch)
+                if sums is None:
+                    sums = no_moments(layer, x, mask, self.mesh, full)
                 if keep is not None and batch < self._kept_batches:
-                    keep.put(index, batch, local_rows(self.streams[batch]))
-                self.streams[batch], sums = layer_moments(
-                    layer, self.streams[batch], mask, sums, self.mesh, full
-                )
+                    keep.put(index, batch, local_rows(x))
+                y, sums = layer_moments(layer, x, mask, sums, self.mesh, full)
+                self.streams.put(batch, y)
+            assert sums is not None
             moments = add_up(sums, self.mesh, full)
             last = _wait_for(last, moments)
             yield index, moments
@@ -113,30 +126,37 @@ class Walk:
             kept: the layers' inputs that `forwards` put there.
             seed: of the labels sampled at the head.
         """
-        chunks = sharding(self.mesh, "chunks")
-        tail = put(_tail(self.source, self.outer, self.dtype), sharding(self.mesh))
+        tail = put(_tail(self.source, self.dtype), sharding(self.mesh))
         counted = masks(self.kept_chunks, self.batch_chunks, self.mesh)
-        upstream = [
-            head_gradient(tail, self.streams[batch], mask, seed, batch * self.batch_chunks, self.mesh)
-            for batch, mask in enumerate(counted)
-        ]
+        upstream = Streams("gradients", self._place, self._store)
+        for batch in range(len(self.masks)):
+            x = self.streams.take(batch)
+            if batch < len(counted):
+                first = batch * self.batch_chunks
+                upstream.put(batch, head_gradient(tail, x, counted[batch], seed, first, self.mesh))
         del tail
         last = None
         for index, layer in self._layers(range(self.source.config.num_layers)[::-1]):
-            inputs = [kept.pop(index, batch) for batch in range(len(counted))]
-            blocks = no_blocks(layer, self.streams[0], self.mesh)
+            blocks = sums = None
             weights = []
-            for batch, x in enumerate(inputs):
-                upstream[batch], blocks, found = layer_sensitivity(
-                    layer, from_local_rows(x, chunks), upstream[batch], blocks, self.mesh
-                )
+            for batch in range(len(counted)):
+                x = from_local_rows(kept.get(index, batch), self._place)
+                if blocks is None:
+                    blocks = no_blocks(layer, x, self.mesh)
+                below, blocks, found = layer_sensitivity(layer, x, upstream.take(batch), blocks, self.mesh)
+                upstream.put(batch, below)
                 weights.append(one_copy(found))
+            assert blocks is not None
             sensitivities = self._sensitivities(one_copy(add_up_blocks(blocks, self.mesh)), weights)
             by_token = token_weights(sensitivities)
-            sums = no_moments(layer, self.streams[0], self.masks[0], self.mesh, True)
-            for batch, x in enumerate(inputs):
-                part = {name: put(self._batch(value, batch), chunks) for name, value in by_token.items()}
-                sums = weighted_moments(layer, from_local_rows(x, chunks), part, sums, self.mesh)
+            del blocks
+            for batch in range(len(counted)):
+                x = from_local_rows(kept.pop(index, batch), self._place)
+                if sums is None:
+                    sums = no_moments(layer, x, self.masks[0], self.mesh, True)
+                part = {name: put(self._batch(value, batch), self._place) for name, value in by_token.items()}
+                sums = weighted_moments(layer, x, part, sums, self.mesh)
+            assert sums is not None
             moments = add_up(sums, self.mesh, True)
             last = _wait_for(last, moments)
             yield index, sensitivities, moments
@@ -168,7 +188,8 @@ def _wait_for(last: Any, moments: Moments) -> Any:
     return [moment.tokens for moment in moments.values()]
 
 
-def _tail(source: ModelSource, outer: dict[str, Any], dtype: DTypeLike) -> Decoder:
-    """A decoder without layers: what is left is final norm and head."""
-    parameters = {path: jnp.asarray(value).astype(jnp.dtype(dtype)) for path, value in outer.items()}
+def _tail(source: ModelSource, dtype: DTypeLike) -> Decoder:
+    """A decoder without layers: what is left is final norm and head. Read here, so that nothing holds them
+    while layers are walked."""
+    parameters = {path: jnp.asarray(value) for path, value in source.outer(dtype).items()}
     return Decoder(source.config, parameters, dtype, num_layers=0)

@@ -5,6 +5,7 @@ they saw, and each adds up its own block of rows of Σ x xᵀ. The sums stay whe
 batch, and are then added up over `data`.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -167,9 +168,9 @@ def add_up(sums: MomentSums, mesh: Mesh, full: bool) -> Moments:
 
 def embed_batches(
     embedding: Float[np.ndarray, "v d"], ids: np.ndarray, batch_tokens: int, mesh: Mesh
-) -> tuple[list[jax.Array], list[jax.Array]]:
-    """The residual stream before the first layer, in equal batches divided over the mesh, and each batch's
-    mask.
+) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """The residual stream before the first layer, and the mask, of each of equal batches, which are divided
+    over the mesh and made one at a time.
 
     Args:
         embedding: token embedding [vocabulary, hidden] on the host.
@@ -187,14 +188,15 @@ def embed_batches(
         )
     per_device = max(1, batch_tokens // ids.shape[1])
     size = mesh.size * min(per_device, -(-len(ids) // mesh.size))
-    chunks = sharding(mesh, "chunks")
-    streams = []
-    for start in range(0, len(ids), size):
-        batch = ids[start : start + size]
+
+    def rows_of(batch: np.ndarray) -> jax.Array:
         rows = np.zeros((size, ids.shape[1], embedding.shape[1]), embedding.dtype)
         rows[: len(batch)] = embedding[batch]
-        streams.append(put(rows, chunks))
-    return streams, masks(len(ids), size, mesh)
+        return put(rows, sharding(mesh, "chunks"))
+
+    starts = range(0, len(ids), size)
+    counted = masks(len(ids), size, mesh)
+    return ((rows_of(ids[start : start + size]), mask) for start, mask in zip(starts, counted, strict=True))
 
 
 def masks(chunks: int, size: int, mesh: Mesh) -> list[jax.Array]:

@@ -15,6 +15,7 @@ from svsk_jax.calibration.config import CalibrationConfig
 from svsk_jax.calibration.store import Statistics
 from svsk_jax.calibration.text import read_texts
 from svsk_jax.cli.common import ModelFlags, Verb, console, layer_progress
+from svsk_jax.cli.memory_flags import MemoryFlags
 from svsk_jax.cli.mesh_flags import MeshFlags
 from svsk_jax.evaluation.divergence import DivergenceReport, Estimate
 from svsk_jax.evaluation.evaluate import evaluate_texts
@@ -27,7 +28,7 @@ from svsk_jax.xla_flags import take_library_products
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Autotune(MeshFlags, ModelFlags, Verb):
+class Autotune(MemoryFlags, MeshFlags, ModelFlags, Verb):
     """Choose group size, codebook, sidecar tile and ranks of every linear for a budget of bytes, and write
     a recipe file for `svsk quantize --recipe FILE`. A run that was cut short is taken up by the same command:
     it calibrates again unless it is given --calib-stats, and measures what is still to be measured."""
@@ -73,6 +74,7 @@ class Autotune(MeshFlags, ModelFlags, Verb):
                 work,
                 recipe=f"{self.recipe} tuned",
                 mesh=mesh,
+                max_memory=self.limit,
                 on_progress=on_progress,
             )
             # Measuring takes more memory than all before, and what was found took hours.
@@ -121,7 +123,14 @@ class Autotune(MeshFlags, ModelFlags, Verb):
         if self.calib_stats is not None:
             return Statistics.open(self.calib_stats)
         folder = scratch / "statistics"
-        pipeline.calibrate(source, folder, self.calibration, mesh=mesh, on_progress=on_progress)
+        pipeline.calibrate(
+            source,
+            folder,
+            self.calibration,
+            mesh=mesh,
+            max_memory=self.limit,
+            on_progress=on_progress,
+        )
         return Statistics.open(folder)
 
     def _measure(
@@ -145,6 +154,7 @@ class Autotune(MeshFlags, ModelFlags, Verb):
                 recipe=plan.recipe,
                 statistics=statistics,
                 mesh=mesh,
+                max_memory=self.limit,
                 on_progress=on_progress,
             )
             if reference is None:

@@ -6,13 +6,14 @@ from typing import Any
 from svsk_jax import pipeline
 from svsk_jax.calibration.config import CalibrationConfig
 from svsk_jax.cli.common import ModelFlags, OutputFlags, Verb, console, layer_progress
+from svsk_jax.cli.memory_flags import MemoryFlags
 from svsk_jax.cli.mesh_flags import MeshFlags
 from svsk_jax.models import open_model
 from svsk_jax.xla_flags import take_library_products
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Calibrate(OutputFlags, MeshFlags, ModelFlags, Verb):
+class Calibrate(OutputFlags, MemoryFlags, MeshFlags, ModelFlags, Verb):
     """Measure a model's activations on calibration text once, for any number of quantize runs
     (--calib-stats)."""
 
@@ -31,6 +32,7 @@ class Calibrate(OutputFlags, MeshFlags, ModelFlags, Verb):
                 self.calibration,
                 overwrite=self.overwrite,
                 mesh=mesh,
+                max_memory=self.limit,
                 on_progress=on_progress,
             )
         text = manifest["text"]

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,14 +14,16 @@ from rich.table import Table
 from convert import open_config
 from svsk_jax.calibration.config import CalibrationConfig
 from svsk_jax.cli.common import Verb, console
+from svsk_jax.cli.memory_flags import MemoryFlags
 from svsk_jax.cli.recipe_flags import RecipeFlags
 from svsk_jax.pipeline import Plan
-from svsk_jax.pipeline.forecast import Forecast, forecast, measured_costs
+from svsk_jax.pipeline.forecast import Forecast, forecast, measured_costs, measured_for
+from svsk_jax.pipeline.memory import Machine, MemoryPlan, plan_calibration, plan_quantization
 from svsk_jax.pipeline.sizes import Sizes, model_sizes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PlanRun(RecipeFlags, Verb):
+class PlanRun(RecipeFlags, MemoryFlags, Verb):
     """Say how large a model will be under a recipe, and estimate what quantizing it takes: from its
     configuration alone, before any weights are read."""
 
@@ -41,10 +44,14 @@ class PlanRun(RecipeFlags, Verb):
         model = open_config(self.model, revision=self.revision)
         config = recipe.config if isinstance(recipe, Plan) else recipe
         sizes = model_sizes(model, recipe)
-        kind = jax.devices()[0]
+        kind, machine = jax.devices()[0], Machine.of()
         found = forecast(model, config, self.calibration, measured_costs(kind.platform, self.costs))
+        needed = measured_for(config, self.calibration)
+        calibration = plan_calibration(model, needed, machine, self.limit)
+        peaks = calibration.peaks | plan_quantization(model, machine, self.limit)
         here = f"{platform.machine()}, {os.cpu_count()} cores, {kind.device_kind}"
         _print(self.model, name, sizes, found, here)
+        _print_memory(calibration, peaks, machine)
         if config.polish:
             console.print(f"{config.polish} steps of polish come on top; their time is not estimated")
         return {
@@ -59,6 +66,7 @@ class PlanRun(RecipeFlags, Verb):
             "file_bits_per_weight": sizes.budget.total_bits,
             "bytes_in_memory": sizes.in_memory,
             "estimate": dataclasses.asdict(found),
+            "memory": dataclasses.asdict(calibration) | {"peaks": peaks},
             "machine": here,
         }
 
@@ -77,12 +85,11 @@ def _print(model: str, recipe: str, sizes: Sizes, found: Forecast, here: str) ->
     for layout, size in sizes.in_memory.items():
         table.add_row(f"in memory, {layout}", _gigabytes(size))
     table.add_row("statistics on disk", _gigabytes(found.statistics_bytes))
-    where = "memory" if found.whole_process else "arrays"
-    table.add_row("calibrate", _stage(found.calibrate_seconds, found.calibrate_bytes, where))
+    table.add_row("calibrate", _duration(found.calibrate_seconds))
     both = None
     if found.plan_seconds is not None and found.quantize_seconds is not None:
         both = found.plan_seconds + found.quantize_seconds
-    table.add_row("quantize", _stage(both, found.quantize_bytes, where))
+    table.add_row("quantize", _duration(both))
     console.print(table)
     if found.costs_of is None:
         console.print(
@@ -96,8 +103,15 @@ def _print(model: str, recipe: str, sizes: Sizes, found: Forecast, here: str) ->
         )
 
 
-def _stage(seconds: float | None, size: int, where: str) -> str:
-    return f"{_duration(seconds)}, {_gigabytes(size)} of {where}"
+def _print_memory(plan: MemoryPlan, peaks: Mapping[str, int], machine: Machine) -> None:
+    where = "of the process beyond Python and JAX" if machine.shares_host else "of each device"
+    streams = "on the devices" if plan.streams == "devices" else "off the devices"
+    console.print(
+        f"largest memory {where}: "
+        + ", ".join(f"{stage} {_gigabytes(peak)}" for stage, peak in peaks.items())
+        + f"; batches of {plan.batch_tokens} tokens, residual streams {streams}, "
+        f"{_gigabytes(plan.store_bytes)} of the host's memory for what lies there"
+    )
 
 
 def _gigabytes(size: int) -> str:

@@ -8,6 +8,7 @@ from svsk_jax import pipeline
 from svsk_jax.calibration.config import CalibrationConfig
 from svsk_jax.calibration.store import Statistics
 from svsk_jax.cli.common import ModelFlags, OutputFlags, Verb, console, layer_progress
+from svsk_jax.cli.memory_flags import MemoryFlags
 from svsk_jax.cli.mesh_flags import MeshFlags
 from svsk_jax.cli.recipe_flags import RecipeFlags
 from svsk_jax.models import open_model
@@ -15,7 +16,7 @@ from svsk_jax.xla_flags import take_library_products
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Quantize(RecipeFlags, OutputFlags, MeshFlags, ModelFlags, Verb):
+class Quantize(RecipeFlags, OutputFlags, MemoryFlags, MeshFlags, ModelFlags, Verb):
     """Quantize a model, layer by layer."""
 
     resume: bool = False
@@ -43,6 +44,7 @@ class Quantize(RecipeFlags, OutputFlags, MeshFlags, ModelFlags, Verb):
                 overwrite=self.overwrite,
                 resume=self.resume,
                 mesh=mesh,
+                max_memory=self.limit,
                 on_progress=on_progress,
             )
         budget = result.budget

@@ -15,6 +15,7 @@ from svsk_jax.model.source import ModelSource
 from svsk_jax.parallel.distributed import barrier, is_lead
 from svsk_jax.parallel.groups import DeviceGroups
 from svsk_jax.pipeline.checks import default_dtype, refuse_packed
+from svsk_jax.pipeline.memory import Machine, plan_quantization
 from svsk_jax.pipeline.options import measured_options, options_file, remove_options
 from svsk_jax.pipeline.plan import Choices, Plan, layers_ahead, measuring, spend
 from svsk_jax.pipeline.progress import OnProgress, Progress
@@ -50,6 +51,7 @@ def autotune(
     choices: Choices = SEARCH,
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
+    max_memory: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Tuned:
     """Measure every option of every linear, and spend `config.bits` on the best.
@@ -65,14 +67,17 @@ def autotune(
         dtype: that weights are read in; default f32 on CPU, bf16 elsewhere.
         mesh: layers are divided over its `data` axis, a linear's rows over `model`; default as
             `DeviceGroups.of` has it.
+        max_memory: bytes that may be held (`pipeline.memory`).
         on_progress: called after each layer.
 
     Raises:
-        ValueError: a recipe that does not allocate, statistics of another model, too few bits.
+        ValueError: a recipe that does not allocate, statistics of another model, too few bits, more memory
+            needed than `max_memory`.
     """
     if config.bits is None:
         raise ValueError(f"--recipe {recipe}: has no budget to allocate; take svsk-r16 or svsk-r8, or --bits")
     dtype = default_dtype() if dtype is None else dtype
+    plan_quantization(source.config, Machine.of(mesh, dtype), max_memory)
     statistics.check_model(source.fingerprint(), source.description)
     statistics.check_layers(source.config)
     refuse_packed(source, source.outer(dtype))

@@ -28,6 +28,7 @@ from svsk_jax.model.source import ModelSource
 from svsk_jax.parallel.distributed import agree, barrier, is_lead
 from svsk_jax.parallel.placement import readable
 from svsk_jax.pipeline.checks import default_dtype, refuse_packed, require_space
+from svsk_jax.pipeline.memory import Machine, plan_calibration
 from svsk_jax.pipeline.progress import OnProgress, Progress, Stopwatch
 from svsk_jax.quant.types import SENSITIVITY_TILE
 from svsk_jax.storage.atomic import output_folder, partial_folder
@@ -43,6 +44,7 @@ def calibrate(
     dtype: DTypeLike | None = None,
     keep_text: Path | None = None,
     mesh: Mesh | None = None,
+    max_memory: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """Measure the second moments of every linear's input and the model's sensitivity to its output, and store
@@ -57,6 +59,8 @@ def calibrate(
         keep_text: file that keeps the chunks of tokens; those that an earlier run left there are taken as
             they are.
         mesh: `data` × `model` devices to work on; default all, along `data`.
+        max_memory: bytes that may be held (`pipeline.memory`); batches are then no larger than fits, and
+            residual streams go where there is room.
         on_progress: called after each layer of each pass.
 
     Returns:
@@ -64,12 +68,15 @@ def calibrate(
         tokens for statistics of their own (`calibration.experts`), of which a warning tells too.
 
     Raises:
-        ValueError: text too short, model already quantized.
+        ValueError: text too short, model already quantized, more memory needed than `max_memory`.
         FileExistsError: `output` exists, or another run is writing to it.
         OSError: too little disk space.
     """
     watch = Stopwatch()
     dtype = default_dtype() if dtype is None else dtype
+    has_text = keep_text is not None and keep_text.is_file()
+    machine = Machine.of(mesh, dtype)
+    memory = plan_calibration(source.config, calibration, machine, max_memory, has_text=has_text)
     with _shared_folder(output, overwrite) as folder:
         if is_lead():
             require_space(output, statistics_bytes(source.config, calibration))
@@ -92,10 +99,10 @@ def calibrate(
             if on_progress:
                 on_progress(Progress(stage=stage, layer=done, layers=layers))
 
-        walk = Walk(source, outer, ids, calibration.batch_tokens, dtype, mesh)
-        del outer
-        memory = int(calibration.fisher_memory * 1e9)
-        with OneBehind() as writer, BlockInputs(memory, folder) as kept:
+        with OneBehind() as writer, BlockInputs(memory.store_bytes, folder) as kept:
+            off_devices = kept if memory.streams == "store" else None
+            walk = Walk(source, outer, ids, memory.batch_tokens, dtype, mesh, off_devices)
+            del outer
 
             def write(how: Callable[..., None], index: int, *found: Any) -> None:
                 whole = readable(found)

@@ -6,7 +6,6 @@ Not in the estimates: compilation, reading, writing, calibration, polish.
 """
 
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,20 +15,9 @@ from svsk_jax.calibration.config import CalibrationConfig
 from svsk_jax.model.config import ModelConfig
 from svsk_jax.model.parameters import layer_kinds, layer_linears, linear_inputs
 from svsk_jax.pipeline.calibrate import statistics_bytes
-from svsk_jax.quant.types import SENSITIVITY_TILE
-
-WORKING_COPIES = 12
-"""f32 [N, K] arrays alive at once while a linear is rounded: W, its two best forms, and what the compiled
-search, feedback and fit keep."""
-FACTOR_COPIES = 5
-"""f32 [K, K] arrays that inverting one H takes beside its input and result."""
+from svsk_jax.pipeline.working_sets import device_bytes, height
 
 Shape = tuple[int, int]
-
-
-def height(n: int) -> int:
-    """Rows of a block of the output sensitivity of a linear with n outputs."""
-    return min(n, SENSITIVITY_TILE)
 
 
 PARTS: dict[str, Callable[[int, int], tuple[float, ...]]] = {
@@ -74,22 +62,6 @@ def fitted(rows: Sequence[tuple[Shape, Mapping[str, float]]]) -> Costs:
         for part, terms in PARTS.items()
     }
     return lambda part, shape: float(np.dot(coefficients[part], PARTS[part](*shape)))
-
-
-def device_bytes(config: ModelConfig) -> int:
-    """Largest device memory at once: while the metrics of a linear are made, beside those of the one before,
-    or while it is rounded beside its own."""
-    most = 0
-    for index in layer_kinds(config):
-        before = 0
-        for n, k in layer_linears(config, index).values():
-            blocks = math.ceil(n / height(n)) * height(n) ** 2
-            # Moment, weighted moment, H and its factor; sensitivity, G and its factor.
-            preparing = (4 + FACTOR_COPIES) * k**2 + 3 * blocks
-            rounding = 3 * k**2 + 2 * blocks + WORKING_COPIES * n * k
-            most = max(most, 4 * (before + preparing), 4 * rounding)
-            before = 2 * k**2 + 2 * blocks
-    return most
 
 
 def predict(config: ModelConfig, cost: Costs) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Seconds and memory of calibrating and quantizing a model, from its configuration and measured costs."""
+"""Seconds of calibrating and quantizing a model, from its configuration and measured costs."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,15 +9,16 @@ from svsk_jax.calibration.config import CalibrationConfig
 from svsk_jax.json_data import checked, read_json_object, shown
 from svsk_jax.known_models import KNOWN
 from svsk_jax.model.config import ModelConfig
-from svsk_jax.model.parameters import EXPERTS, input_widths, layer_kinds, layer_linears, outer_shapes
+from svsk_jax.model.parameters import EXPERTS, input_widths, layer_kinds, layer_linears
 from svsk_jax.pipeline.calibrate import statistics_bytes
-from svsk_jax.pipeline.costs import PARTS, device_bytes, fitted, height, predict
+from svsk_jax.pipeline.costs import PARTS, fitted, predict
+from svsk_jax.pipeline.memory import chunk_length
+from svsk_jax.pipeline.working_sets import height
 from svsk_jax.quant.types import QuantConfig
 
 MEASURED = Path(__file__).parent / "measured"
 """A file for each platform whose costs were measured."""
 ADVICE = "make one with `python -m benchmarks.speed.quantize --estimate --json FILE`"
-DEFAULT_CHUNK = 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,12 +28,6 @@ class Forecast:
     calibrate_seconds: float | None
     plan_seconds: float | None
     quantize_seconds: float | None
-    calibrate_bytes: int
-    """Largest memory while it calibrates."""
-    quantize_bytes: int
-    """Likewise while it quantizes; without polish."""
-    whole_process: bool
-    """Whether memory is the process's, with Python, JAX and compiled programs; else its arrays' alone."""
     statistics_bytes: int
     """On disk."""
     costs_of: str | None
@@ -68,13 +63,12 @@ def measured_costs(platform: str, file: Path | None = None) -> dict[str, Any]:
 def forecast(
     model: ModelConfig, config: QuantConfig, calibration: CalibrationConfig, costs: Mapping[str, Any]
 ) -> Forecast:
-    """Seconds and bytes of `svsk quantize` with calibration in the same run.
+    """Seconds of `svsk quantize` with calibration in the same run.
 
     Seconds of planning and of quantizing are fitted to single linears (`costs`); those of the published
     recipes are in proportion to the weights. Seconds of calibration are its floating-point operations at the
     rate of one measured pass of second moments' diagonals. Self-written text, compilation, reading, writing
-    and polish are left out. To the bytes of arrays comes what a measured process held beside its own:
-    Python, JAX, compiled programs.
+    and polish are left out.
 
     Args:
         model: its configuration.
@@ -101,22 +95,16 @@ def forecast(
         quantize = found["quantize_seconds"]
         plan = found["plan_seconds"] if config.bits is not None else 0.0
     used = (linears if strong else None) or classic
-    process, beside = costs.get("process"), 0
-    if process is not None:
-        beside = int(process["peak_mb"] * 1e6) - _quantize_bytes(KNOWN[process["model"]])
     return Forecast(
         calibrate_seconds=calibrate,
         plan_seconds=plan,
         quantize_seconds=quantize,
-        calibrate_bytes=beside + _calibrate_bytes(model, config, calibration),
-        quantize_bytes=beside + _quantize_bytes(model),
-        whole_process=process is not None,
-        statistics_bytes=statistics_bytes(model, _measured_for(config, calibration)),
+        statistics_bytes=statistics_bytes(model, measured_for(config, calibration)),
         costs_of=None if used is None else f"{used['machine']}, {used['date']}",
     )
 
 
-def _measured_for(config: QuantConfig, calibration: CalibrationConfig) -> CalibrationConfig:
+def measured_for(config: QuantConfig, calibration: CalibrationConfig) -> CalibrationConfig:
     """Without what the recipe would not look at."""
     if not config.needs_full_moments:
         return dataclasses.replace(calibration, moments="diagonal", fisher="off")
@@ -131,27 +119,9 @@ def _weights(model: ModelConfig) -> int:
     return sum(count * _layer_weights(model, index) for index, count in layer_kinds(model).items())
 
 
-def _largest_layer(model: ModelConfig) -> int:
-    return max(_layer_weights(model, index) for index in layer_kinds(model))
-
-
-def _outer_bytes(model: ModelConfig) -> int:
-    """Of embedding and head, f32, and the slab that is made int8."""
-    return 5 * sum(shape[0] * shape[1] for shape in outer_shapes(model).values() if len(shape) == 2)
-
-
-def _squares(model: ModelConfig, index: int, full: bool) -> int:
-    """Numbers in the moments of a layer."""
-    return sum(width * (width if full else 1) for width in input_widths(model, index).values())
-
-
-def _length(model: ModelConfig, calibration: CalibrationConfig) -> int:
-    return calibration.chunk_length or min(DEFAULT_CHUNK, model.max_position_embeddings)
-
-
 def _operations(model: ModelConfig, calibration: CalibrationConfig, *, full: bool, fisher: bool) -> float:
     """Floating-point operations of the forward pass and, for `fisher`, of the backward one."""
-    length = _length(model, calibration)
+    length = chunk_length(model, calibration)
     tokens = calibration.chunks * length
     fisher_tokens = min(calibration.fisher_chunks, calibration.chunks) * length if fisher else 0
     total = 6 * fisher_tokens * model.vocab_size * model.hidden_size
@@ -172,27 +142,3 @@ def _share(model: ModelConfig, name: str) -> float:
     if model.mixture is None or not name.startswith(EXPERTS):
         return 1.0
     return model.mixture.num_experts_per_tok / model.mixture.num_experts
-
-
-def _quantize_bytes(model: ModelConfig) -> int:
-    """Embedding and head, one layer, and what rounding it takes; f32."""
-    return device_bytes(model) + _outer_bytes(model) + 4 * _largest_layer(model)
-
-
-def _calibrate_bytes(model: ModelConfig, config: QuantConfig, calibration: CalibrationConfig) -> int:
-    """Embedding and head, the residual streams, one layer and the moments that it adds to; f32."""
-    length = _length(model, calibration)
-    stream = 4 * length * model.hidden_size
-    measured = _measured_for(config, calibration)
-    full = measured.moments == "full"
-    sums = 2 * 4 * max(_squares(model, index, full) for index in layer_kinds(model))
-    kept = 0
-    if measured.measures_sensitivity:
-        kept = min(
-            int(calibration.fisher_memory * 1e9), model.num_layers * calibration.fisher_chunks * stream
-        )
-        sums *= 2
-    batch = max(1, calibration.batch_tokens // length) * length
-    logits = 3 * 4 * batch * model.vocab_size if measured.measures_sensitivity else 0
-    layer = 4 * _largest_layer(model)
-    return _outer_bytes(model) + calibration.chunks * stream + kept + max(layer + sums, logits)

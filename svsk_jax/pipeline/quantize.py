@@ -22,6 +22,7 @@ from svsk_jax.pipeline.calibrate import calibrate
 from svsk_jax.pipeline.checks import check_weight, default_dtype, refuse_packed, require_space
 from svsk_jax.pipeline.identity import run_identity
 from svsk_jax.pipeline.layers import LayerTotals, named, nbytes, quantize_layers
+from svsk_jax.pipeline.memory import Machine, plan_calibration, plan_quantization
 from svsk_jax.pipeline.metadata import origin
 from svsk_jax.pipeline.plan import Plan, layers_ahead, plan_model
 from svsk_jax.pipeline.polish import polish
@@ -80,6 +81,7 @@ def quantize(
     resume: bool = False,
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
+    max_memory: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> QuantizeResult:
     """Quantize a model into the folder `output`, layer by layer.
@@ -103,11 +105,12 @@ def quantize(
         mesh: `data` × `model` devices. Layers are divided over `data`, and of each its linears' rows over
             `model`; that changes no byte. Default: calibrates on all devices along `data`, quantizes as
             `DeviceGroups.of` has it.
+        max_memory: bytes that may be held (`pipeline.memory`); calibration keeps within it.
         on_progress: called after each layer of each stage.
 
     Raises:
         ValueError: text too short, statistics of another model or too poor for the recipe, model already
-            quantized, bad weights, an unfinished run of something else.
+            quantized, bad weights, an unfinished run of something else, more memory needed than `max_memory`.
         NotImplementedError: a recipe with polish for a mixture of experts.
         FileExistsError: `output` exists, an unfinished run for it does, or another run is writing to it.
         OSError: too little disk space.
@@ -122,8 +125,14 @@ def quantize(
             f"--recipe {recipe}: polish does not train mixtures of experts; take the recipe without polish"
         )
     calibration = _only_what_is_needed(calibration or CalibrationConfig(), settings)
+    machine = Machine.of(mesh, dtype)
+    plan_quantization(source.config, machine, max_memory)
     if statistics is not None:
         statistics.check_model(source.fingerprint(), source.description)
+    else:
+        has_text = Run(output).text.is_file()
+        fits = plan_calibration(source.config, calibration, machine, max_memory, has_text=has_text)
+        calibration = dataclasses.replace(calibration, batch_tokens=fits.batch_tokens)
     identity = run_identity(source, config, statistics or calibration, recipe=recipe, dtype=dtype)
     budget = predict(parameter_shapes(source.config), quantized_paths(source.config), settings)
     groups = DeviceGroups.of(mesh)
@@ -144,6 +153,7 @@ def quantize(
                         dtype=dtype,
                         keep_text=run.text,
                         mesh=mesh,
+                        max_memory=max_memory,
                         on_progress=on_progress,
                     )
                     watch.seconds |= manifest["seconds"]

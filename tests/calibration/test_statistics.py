@@ -17,7 +17,7 @@ def layer(tiny_config):
 
 
 def run(layer, embedding, ids, mesh, full):
-    streams, masks = embed_batches(embedding, ids, 32, mesh)
+    streams, masks = map(list, zip(*embed_batches(embedding, ids, 32, mesh), strict=True))
     sums = no_moments(layer, streams[0], masks[0], mesh, full)
     for index, mask in enumerate(masks):
         streams[index], sums = layer_moments(layer, streams[index], mask, sums, mesh, full)

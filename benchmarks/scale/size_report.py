@@ -1,0 +1,96 @@
+"""Seconds and memory against size and devices as Markdown and as a plot."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Row = Mapping[str, Any]
+STAGES = ("calibrate", "sensitivity", "plan", "quantize")
+
+
+def layer_seconds(row: Row) -> dict[str, float]:
+    """Seconds of a layer in each stage, once everything is compiled: the median of all but the first."""
+    return {stage: statistics.median(each[1:]) for stage, each in row["seconds_by_layer"].items()}
+
+
+def peaks(row: Row) -> tuple[float, float]:
+    """(measured, predicted) largest memory of the stages that were run, in MB."""
+    measured = row["peak_bytes"]
+    predicted = row["memory_plan"]["peaks"]
+    return max(measured.values()) / 1e6, max(predicted[stage] for stage in measured) / 1e6
+
+
+def growth(rows: Sequence[Row]) -> float:
+    """The power of its parameters that the seconds of a layer grow with; least squares of logarithms."""
+    seconds = [sum(layer_seconds(row).values()) for row in rows]
+    return float(np.polyfit(np.log([row["layer_parameters"] for row in rows]), np.log(seconds), 1)[0])
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The tables; `report` as `benchmarks.scale.size` writes it to JSON."""
+    blocks = [_table("parameters", report["sizes"])]
+    if len(report["sizes"]) > 1:
+        blocks.append(
+            f"Seconds of a layer grow with its parameters to the power {growth(report['sizes']):.2f}.\n"
+        )
+    if "by_devices" in report:
+        blocks.append(_table("devices", report["by_devices"]))
+    return "\n".join(blocks)
+
+
+def _table(key: str, rows: Sequence[Row]) -> str:
+    stages = [stage for stage in STAGES if stage in rows[0]["peak_bytes"]]
+    header = [key, "all seconds", *(f"{stage}, s/layer" for stage in stages)]
+    header += ["peak, MB", "predicted, MB", "measured / predicted"]
+    lines = [header, ["---:"] * len(header)]
+    for row in rows:
+        measured, predicted = peaks(row)
+        everything = sum(sum(each) for each in row["seconds_by_layer"].values())
+        each = layer_seconds(row)
+        lines.append(
+            [
+                f"{row[key]:,}",
+                f"{everything:.0f}",
+                *(f"{each[stage]:.2f}" for stage in stages),
+                f"{measured:.0f}",
+                f"{predicted:.0f}",
+                f"{measured / predicted:.2f}",
+            ]
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def plot(report: Mapping[str, Any], path: Path) -> None:
+    """Seconds of a layer, and peaks beside their predictions, over parameters, as SVG.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # pyright: ignore[reportMissingImports]
+        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: `pip install 'svsk-jax[peers]'`") from error
+    matplotlib.rcParams["svg.hashsalt"] = "svsk"
+    rows = report["sizes"]
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    times, memory = figure.subplots(1, 2)
+    layers = [row["layer_parameters"] / 1e6 for row in rows]
+    for stage in STAGES:
+        times.plot(layers, [layer_seconds(row)[stage] for row in rows], "o-", label=stage)
+    times.set_xlabel("parameters of a layer (millions)")
+    times.set_ylabel("seconds of a layer, compiled")
+    models = [row["parameters"] / 1e6 for row in rows]
+    memory.plot(models, [peaks(row)[0] for row in rows], "o-", label="measured")
+    memory.plot(models, [peaks(row)[1] for row in rows], "x--", color="0.35", label="predicted")
+    memory.set_xlabel("parameters of the model (millions)")
+    memory.set_ylabel("largest memory of the process (MB)")
+    for axes in (times, memory):
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="svg", metadata={"Date": None})

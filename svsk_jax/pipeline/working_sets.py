@@ -1,0 +1,108 @@
+"""Bytes that the parts of a run work with at once, from the model's configuration alone."""
+
+import dataclasses
+import math
+
+from svsk_jax.calibration.self_text import MAX_BATCH, SAMPLE_LENGTH
+from svsk_jax.model.config import ModelConfig
+from svsk_jax.model.parameters import (
+    input_widths,
+    layer_kinds,
+    layer_linears,
+    outer_shapes,
+    parameter_shapes,
+)
+from svsk_jax.quant.types import SENSITIVITY_TILE
+
+WORKING_COPIES = 12
+"""f32 [N, K] arrays alive at once while a linear is rounded: W, its two best forms, and what the compiled
+search, feedback and fit keep."""
+FACTOR_COPIES = 5
+"""f32 [K, K] arrays that inverting one H takes beside its input and result."""
+
+
+def height(n: int) -> int:
+    """Rows of a block of the output sensitivity of a linear with n outputs."""
+    return min(n, SENSITIVITY_TILE)
+
+
+def device_bytes(config: ModelConfig) -> int:
+    """Largest device memory at once: while the metrics of a linear are made, beside those of the one before,
+    or while it is rounded beside its own."""
+    most = 0
+    for index in layer_kinds(config):
+        before = 0
+        for n, k in layer_linears(config, index).values():
+            blocks = math.ceil(n / height(n)) * height(n) ** 2
+            # Moment, weighted moment, H and its factor; sensitivity, G and its factor.
+            preparing = (4 + FACTOR_COPIES) * k**2 + 3 * blocks
+            rounding = 3 * k**2 + 2 * blocks + WORKING_COPIES * n * k
+            most = max(most, 4 * (before + preparing), 4 * rounding)
+            before = 2 * k**2 + 2 * blocks
+    return most
+
+
+def layer_weights(model: ModelConfig) -> int:
+    """Weights of the linears of the largest layer."""
+    return max(sum(n * k for n, k in layer_linears(model, index).values()) for index in layer_kinds(model))
+
+
+def outer_weights(model: ModelConfig) -> int:
+    """Numbers in embedding and head."""
+    return sum(math.prod(shape) for shape in outer_shapes(model).values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Widths:
+    """Of the activations of a token in a layer: of its stream, of its MLP's hidden units, of its scores."""
+
+    stream: int
+    hidden: int
+    heads: int
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> "Widths":
+        """Of a model's widest layer."""
+        hidden, stream = model.intermediate_size, max(model.hidden_size, model.num_heads * model.head_dim)
+        if model.mixture is not None:
+            mixture = model.mixture
+            hidden = max(hidden, mixture.num_experts_per_tok * mixture.moe_intermediate_size)
+            stream *= 1 + mixture.num_experts_per_tok
+        return cls(stream, hidden, model.num_heads)
+
+    def forwards(self, tokens: int, length: int, size: int) -> int:
+        """Bytes that XLA takes to run a layer on so many tokens."""
+        scores = 2 * 4 * tokens * self.heads * length
+        attention = scores + 2 * size * tokens * self.stream
+        return max(attention, (3 * self.hidden + 3 * self.stream) * size * tokens)
+
+    def backwards(self, tokens: int, length: int, size: int) -> int:
+        """Likewise to differentiate it."""
+        scores = 4 * tokens * self.heads * length
+        mlp = 2 * scores + (9 * self.hidden + 7 * self.stream) * size * tokens
+        return max(mlp, 4 * scores + 3 * size * tokens * self.stream)
+
+
+def text_bytes(model: ModelConfig, itemsize: int) -> int:
+    """The whole model, its cache, and logits of a batch of texts."""
+    weights = sum(math.prod(shape) for shape in parameter_shapes(model).values())
+    context = min(SAMPLE_LENGTH, model.max_position_embeddings)
+    cache = 2 * model.num_layers * MAX_BATCH * context * model.num_kv_heads * model.head_dim
+    logits = 4 * 4 * MAX_BATCH * model.vocab_size
+    return itemsize * (weights + 2 * cache) + logits
+
+
+def moment_bytes(model: ModelConfig, full: bool) -> int:
+    """The moments of a layer, f32."""
+    return 4 * max(
+        sum(width * (width if full else 1) for width in input_widths(model, index).values())
+        for index in layer_kinds(model)
+    )
+
+
+def block_bytes(model: ModelConfig) -> int:
+    """The output sensitivities of a layer in blocks, f32."""
+    return 4 * max(
+        sum(math.ceil(n / height(n)) * height(n) ** 2 for n, _ in layer_linears(model, index).values())
+        for index in layer_kinds(model)
+    )
