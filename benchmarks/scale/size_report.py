@@ -12,7 +12,7 @@ STAGES = ("calibrate", "sensitivity", "plan", "quantize")
 
 
 def layer_seconds(row: Row) -> dict[str, float]:
-    """Seconds of a layer in each stage, once everything is compiled: the median of all but the first."""
+    """Seconds of a layer in each stage: the median of all but the first, which compiles most."""
     return {stage: statistics.median(each[1:]) for stage, each in row["seconds_by_layer"].items()}
 
 
@@ -82,7 +82,7 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
     for stage in STAGES:
         times.plot(layers, [layer_seconds(row)[stage] for row in rows], "o-", label=stage)
     times.set_xlabel("parameters of a layer (millions)")
-    times.set_ylabel("seconds of a layer, compiled")
+    times.set_ylabel("seconds of a layer")
     models = [row["parameters"] / 1e6 for row in rows]
     memory.plot(models, [peaks(row)[0] for row in rows], "o-", label="measured")
     memory.plot(models, [peaks(row)[1] for row in rows], "x--", color="0.35", label="predicted")
