@@ -9,9 +9,9 @@ Models of four layers and growing width, with random weights, are written to a t
 bf16), calibrated on random tokens and quantized with the default recipe, on a CPU, each in a process of its
 own. The second of them is also calibrated over several devices: fake ones, which share cores and memory, so
 that copies count and time does not fall. Seconds of a layer are the median of a stage's layers but the first,
-which compiles most of the programs, though not all. Memory is the process's largest resident set in a stage (VmHWM, begun
-anew with each layer; Linux), beyond what it is after importing everything and one small computation. With
---model it is one run of that model.
+which compiles most of the programs, though not all. Memory is the process's largest resident set in a stage
+(VmHWM, begun anew with each layer; Linux), beyond what it is after importing everything and one small
+computation. With --model it is one run of that model.
 """
 
 import argparse
