@@ -22,6 +22,7 @@ from svsk_jax.parallel import MODEL, make_mesh
 from svsk_jax.pipeline.checks import default_dtype
 from svsk_jax.pipeline.working_sets import (
     Widths,
+    ahead_bytes,
     block_bytes,
     device_bytes,
     layer_weights,
@@ -155,7 +156,10 @@ def plan_quantization(model: ModelConfig, machine: Machine, limit: int | None = 
     arrays = device_bytes(model) + (machine.itemsize + 4) * layer
     if machine.shares_host:
         # Embedding and head are read, and made int8 in slabs, before the first layer.
-        arrays = max(arrays + outer_weights(model), (machine.itemsize + 2) * outer_weights(model))
+        arrays = max(
+            arrays + ahead_bytes(model, machine.itemsize) + outer_weights(model),
+            (machine.itemsize + 2) * outer_weights(model),
+        )
         arrays += min(SCATTERED * arrays, MOST_SCATTERED)
     peaks = {stage: arrays + _programs(machine, stage) for stage in ("plan", "quantize")}
     if limit is not None:

@@ -42,6 +42,13 @@ def device_bytes(config: ModelConfig) -> int:
     return most
 
 
+def ahead_bytes(model: ModelConfig, itemsize: int) -> int:
+    """What is read ahead while a linear is worked on, in host memory: the next layer, and the next input's
+    moment and weighted moment."""
+    widest = max(max(input_widths(model, index).values()) for index in layer_kinds(model))
+    return itemsize * layer_weights(model) + 2 * 4 * widest**2
+
+
 def layer_weights(model: ModelConfig) -> int:
     """Weights of the linears of the largest layer."""
     return max(sum(n * k for n, k in layer_linears(model, index).values()) for index in layer_kinds(model))
