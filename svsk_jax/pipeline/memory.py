@@ -36,8 +36,8 @@ PROGRAMS = {"text": 0.2, "calibrate": 0.15, "sensitivity": 0.3, "plan": 0.41, "q
 """GB that compiling and compiled programs take of a process on a CPU by the end of each stage; measured
 (docs/decisions/0008)."""
 SCATTERED, MOST_SCATTERED = 3, 10**9
-"""On a CPU the many small arrays of rounding are freed in no order, and the allocator keeps this many times
-what is alive; arrays past its limit of 32 MB go back at once, which bounds that to about so many bytes."""
+"""On a CPU the process was seen to hold this many times what is alive while layers are rounded, presumably
+small arrays that the allocator keeps; the bound is a guess, which no run has reached."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
