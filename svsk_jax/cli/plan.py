@@ -17,6 +17,7 @@ from svsk_jax.cli.common import Verb, console
 from svsk_jax.cli.memory_flags import MemoryFlags
 from svsk_jax.cli.recipe_flags import RecipeFlags
 from svsk_jax.pipeline import Plan
+from svsk_jax.pipeline.checks import refuse_polish
 from svsk_jax.pipeline.forecast import Forecast, forecast, measured_costs, measured_for
 from svsk_jax.pipeline.memory import Machine, MemoryPlan, plan_calibration, plan_quantization
 from svsk_jax.pipeline.sizes import Sizes, model_sizes
@@ -43,6 +44,7 @@ class PlanRun(RecipeFlags, MemoryFlags, Verb):
         name, recipe = self.chosen()
         model = open_config(self.model, revision=self.revision)
         config = recipe.config if isinstance(recipe, Plan) else recipe
+        refuse_polish(name, config, model)
         sizes = model_sizes(model, recipe)
         kind, machine = jax.devices()[0], Machine.of()
         found = forecast(model, config, self.calibration, measured_costs(kind.platform, self.costs))

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from svsk_jax.model.config import ModelConfig
 from svsk_jax.model.source import ModelSource
+from svsk_jax.quant.types import QuantConfig
 
 MAX_WEIGHT = 7.0 * 65504
 """The largest code of the linear codebook times the largest f16 scale. Weights beyond it would be cut off."""
@@ -39,6 +41,14 @@ def refuse_packed(source: ModelSource, outer: dict[str, Any]) -> None:
         or getattr(source, "metadata", {}).get("recipe", "dense") != "dense"
     ):
         raise ValueError(f"--model {source.description}: already quantized; give the unquantized checkpoint")
+
+
+def refuse_polish(recipe: str, config: QuantConfig, model: ModelConfig) -> None:
+    """NotImplementedError for a recipe with polish and a mixture of experts."""
+    if config.polish and model.mixture is not None:
+        raise NotImplementedError(
+            f"--recipe {recipe}: polish does not train mixtures of experts; take the recipe without polish"
+        )
 
 
 def require_space(output: Path, needed: int) -> None:

@@ -19,7 +19,7 @@ from svsk_jax.model.source import ModelSource
 from svsk_jax.parallel.distributed import agree, barrier, is_lead
 from svsk_jax.parallel.groups import DeviceGroups
 from svsk_jax.pipeline.calibrate import calibrate
-from svsk_jax.pipeline.checks import check_weight, default_dtype, refuse_packed, require_space
+from svsk_jax.pipeline.checks import check_weight, default_dtype, refuse_packed, refuse_polish, require_space
 from svsk_jax.pipeline.identity import run_identity
 from svsk_jax.pipeline.layers import LayerTotals, named, nbytes, quantize_layers
 from svsk_jax.pipeline.memory import Machine, plan_calibration, plan_quantization
@@ -120,10 +120,7 @@ def quantize(
     settings = config.config if isinstance(config, Plan) else config
     if isinstance(config, Plan):
         config.check_model(source.config)
-    if settings.polish and source.config.mixture is not None:
-        raise NotImplementedError(
-            f"--recipe {recipe}: polish does not train mixtures of experts; take the recipe without polish"
-        )
+    refuse_polish(recipe, settings, source.config)
     calibration = _only_what_is_needed(calibration or CalibrationConfig(), settings)
     machine = Machine.of(mesh, dtype)
     plan_quantization(source.config, machine, max_memory)

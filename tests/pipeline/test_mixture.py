@@ -135,4 +135,6 @@ def test_sizes_without_allocation_are_exact(source, statistics, tmp_path):
 def test_polish_is_refused(source, statistics, tmp_path):
     config = dataclasses.replace(STRONG, polish=1)
     with pytest.raises(NotImplementedError, match="polish does not train mixtures"):
+        pipeline.autotune(source, statistics, config, tmp_path / "work", recipe="strong")
+    with pytest.raises(NotImplementedError, match="polish does not train mixtures"):
         pipeline.quantize(source, tmp_path / "out", config, recipe="x", statistics=statistics)
