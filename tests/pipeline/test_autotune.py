@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+from collections import Counter
 
 import jax.numpy as jnp
 import pytest
@@ -142,7 +143,8 @@ def test_it_measures_what_it_says_and_cleans_up(measured, options, calls, best, 
     assert tuned.plan.tensors == best
     for counts in tuned.chosen.values():
         assert sum(counts.values()) == LAYERS * len(QUANTIZED_LINEARS)
-    assert sum(count for name, count in tuned.chosen["tile"].items() if name == "16 × K") > 0
+    # Which tiles win hangs on the statistics, and those on the version of jax.
+    assert tuned.chosen["tile"] == Counter(f"{plan.tile.rows} × K" for plan in best.values())
 
 
 @pytest.mark.parametrize("bits", [4.9, 6.0])
