@@ -12,7 +12,7 @@ from convert.source import open_checkpoint
 from svsk_jax.model.decoder import Decoder
 from svsk_jax.model.experts import stack_experts
 from svsk_jax.model.laid_out import lay_out_for_device
-from svsk_jax.model.linear import to_dense
+from svsk_jax.model.linear import restore
 from svsk_jax.model.source import ModelSource
 from svsk_jax.parallel.decoder import ParallelDecoder, load_parallel
 from svsk_jax.pipeline.checks import default_dtype
@@ -80,7 +80,6 @@ def load_model(
         return load_parallel(source, dtype, mesh, dense=weights == "dense")
     parameters = load_parameters(source, dtype)
     if weights == "dense":
-        restore = jax.jit(to_dense, static_argnames="dtype")
         parameters = {
             path: value if isinstance(value, jax.Array) else restore(value, dtype=dtype)
             for path, value in parameters.items()

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.plots import new_figure, save_figure
 from svsk_jax.evaluation.divergence import Estimate
 from svsk_jax.evaluation.report import format_estimate
 
@@ -61,18 +62,12 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        import matplotlib  # pyright: ignore[reportMissingImports]
-        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: `pip install 'svsk-jax[peers]'`") from error
-    matplotlib.rcParams["svg.hashsalt"] = "svsk"
     base = next(record for record in report["rows"] if record["name"] == report["baseline"])
     product = 1.0
     for family in report["families"]:
         product *= base["families"][family]["mean_kld"]["value"]
     scale = product ** (1 / len(report["families"]))
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = new_figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for record in report["rows"]:
         ours = "recipe" in record
@@ -89,5 +84,4 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
     axes.set_ylabel("KL divergence from the original (nats per token)")
     axes.margins(x=0.15)
     axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="svg", metadata={"Date": None})
+    save_figure(figure, path)

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.plots import new_figure, save_figure
+
 Row = Mapping[str, Any]
 STAGES = ("calibrate", "sensitivity", "plan", "quantize")
 
@@ -69,14 +71,8 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        import matplotlib  # pyright: ignore[reportMissingImports]
-        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: `pip install 'svsk-jax[peers]'`") from error
-    matplotlib.rcParams["svg.hashsalt"] = "svsk"
     rows = report["sizes"]
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure = new_figure(figsize=(9, 3.8), layout="constrained")
     times, memory = figure.subplots(1, 2)
     layers = [row["layer_parameters"] / 1e6 for row in rows]
     for stage in STAGES:
@@ -92,5 +88,4 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="svg", metadata={"Date": None})
+    save_figure(figure, path)

@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks.plots import new_figure, save_figure
 from benchmarks.speed.models import dense_parameters, packed_parameters
 from benchmarks.speed.read_floor import CHUNKS, read
 from svsk_jax.known_models import KNOWN
@@ -224,10 +225,8 @@ def table(document: dict[str, Any]) -> str:
 
 
 def plot(document: dict[str, Any], path: Path) -> None:
-    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
-
     models = list(dict.fromkeys(c["model"] for c in document["cases"]))
-    figure = Figure(figsize=(3.6 * len(models), 3.2))
+    figure = new_figure(figsize=(3.6 * len(models), 3.2))
     axes = figure.subplots(1, len(models), squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):
         for form in dict.fromkeys(c["form"] for c in document["cases"]):
@@ -244,7 +243,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
     axes[0][0].legend()
     figure.suptitle(f"{document['device']}, {document['date']}, jax {document['jax']}", fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    save_figure(figure, path)
 
 
 def main() -> None:

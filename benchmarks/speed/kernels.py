@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks.plots import new_figure, save_figure
 from benchmarks.speed.kernel_peers import peer_chains
 from benchmarks.speed.read_floor import floor_works
 from pallas_kernels.aot import what_is_missing
@@ -139,11 +140,9 @@ def static_table(models: list[str]) -> str:
 
 def plot(source: Path, target: Path) -> None:
     """Time of every matrix over its read floor, by rows of x."""
-    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
-
     document = json.loads(source.read_text(encoding="utf-8"))
     counts = sorted({row["m"] for row in document["rows"] if row["m"] < FUSED_LIMIT})
-    figure = Figure(figsize=(4 * len(counts), 3.6), layout="tight")
+    figure = new_figure(figsize=(4 * len(counts), 3.6), layout="tight")
     axes = figure.subplots(1, len(counts), sharey=True, squeeze=False)[0]
     for axis, m in zip(axes, counts, strict=True):
         rows = sorted((row for row in document["rows"] if row["m"] == m), key=lambda row: row["bytes"])
@@ -155,7 +154,7 @@ def plot(source: Path, target: Path) -> None:
     axes[0].set_ylabel("µs")
     axes[0].legend()
     figure.suptitle(f"{document['device']}, {document['date']}")
-    figure.savefig(target)
+    save_figure(figure, target)
 
 
 def main() -> None:

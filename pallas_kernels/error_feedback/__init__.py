@@ -3,9 +3,10 @@
 from pallas_kernels.error_feedback.columns import (
     COLUMNS,
     NAME,
+    TOP_CODE,
     RoundedColumns,
     round_columns,
     why_no_kernel,
 )
 
-__all__ = ["COLUMNS", "NAME", "RoundedColumns", "round_columns", "why_no_kernel"]
+__all__ = ["COLUMNS", "NAME", "TOP_CODE", "RoundedColumns", "round_columns", "why_no_kernel"]

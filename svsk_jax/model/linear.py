@@ -25,6 +25,10 @@ def to_dense(weight: jax.Array | PackedWeight, dtype: DTypeLike) -> Float[Array,
     return dequantize(weight, dtype) if isinstance(weight, PackedWeight) else weight.astype(dtype)
 
 
+restore = jax.jit(to_dense, static_argnames="dtype")
+"""`to_dense`, compiled."""
+
+
 def project(
     x: Float[Array, "*b k"], weight: Weight, layer: Int[Array, ""] | None = None
 ) -> Float[Array, "*b n"]:

@@ -15,7 +15,7 @@ from svsk_jax.model.config import ModelConfig
 from svsk_jax.model.decoder import Decoder
 from svsk_jax.model.experts import stack_experts
 from svsk_jax.model.laid_out import lay_out_for_device
-from svsk_jax.model.linear import to_dense
+from svsk_jax.model.linear import restore
 from svsk_jax.model.source import ParameterSource
 from svsk_jax.parallel.mesh import DATA, MODEL
 from svsk_jax.parallel.parameters import config_of_share, cut_parameter
@@ -104,7 +104,6 @@ def _cut(
     values: dict[str, Any], prefix: str, config: ModelConfig, parts: int, dense: DTypeLike | None
 ) -> list[dict[str, Any]]:
     """The parameters of each share, on the host, taken out of `values` on the way."""
-    restore = jax.jit(to_dense, static_argnames="dtype")
     shares: list[dict[str, Any]] = [{} for _ in range(parts)]
     for path in list(values):
         value = values.pop(path)

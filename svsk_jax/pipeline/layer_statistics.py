@@ -63,9 +63,9 @@ def layer_statistics(
                 if inputs is None:
                     yield LinearStatistics(name, moment, None)
                     continue
-                W = jnp.asarray(weights[f"{name}.weight"], jnp.float32)
+                W = weights[f"{name}.weight"]
                 if name in felt:
                     outputs = output_metric(felt[name], W.shape[0], config)
                 else:
-                    outputs = plain_output_metric(W, inputs.H)
+                    outputs = plain_output_metric(jnp.asarray(W, jnp.float32), inputs.H)
                 yield LinearStatistics(name, moment, (inputs, outputs))

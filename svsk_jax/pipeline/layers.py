@@ -77,7 +77,7 @@ def quantize_layers(
                 store(index, layer)
             else:
                 handover.put(index, layer)
-            yield index, on_first_device(layer)
+            yield index, layer
     barrier()
     if not is_lead():
         return
@@ -91,12 +91,12 @@ def quantize_layers(
         yield index, layer
 
 
-def on_first_device(layer: StoredLayer) -> StoredLayer:
-    """The layer where the next step can take it together with layers of other groups."""
+def on_first_device(parameters: dict[str, Any]) -> dict[str, Any]:
+    """A layer's parameters where polish takes them together with those of other groups."""
     first = jax.local_devices()[0]
-    if all(leaf.devices() == {first} for leaf in jax.tree.leaves(layer.parameters)):
-        return layer
-    return dataclasses.replace(layer, parameters=jax.device_put(layer.parameters, first))
+    if all(leaf.devices() == {first} for leaf in jax.tree.leaves(parameters)):
+        return parameters
+    return jax.device_put(parameters, first)
 
 
 def named(index: int, errors: Mapping[str, float]) -> dict[str, float]:

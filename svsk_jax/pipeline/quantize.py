@@ -21,7 +21,7 @@ from svsk_jax.parallel.groups import DeviceGroups
 from svsk_jax.pipeline.calibrate import calibrate
 from svsk_jax.pipeline.checks import check_weight, default_dtype, refuse_packed, refuse_polish, require_space
 from svsk_jax.pipeline.identity import run_identity
-from svsk_jax.pipeline.layers import LayerTotals, named, nbytes, quantize_layers
+from svsk_jax.pipeline.layers import LayerTotals, named, nbytes, on_first_device, quantize_layers
 from svsk_jax.pipeline.memory import Machine, plan_calibration, plan_quantization
 from svsk_jax.pipeline.metadata import origin
 from svsk_jax.pipeline.plan import Plan, layers_ahead, plan_model
@@ -190,8 +190,8 @@ def quantize(
             with layers_ahead(source, dtype, groups) as weights:
                 for index, layer in quantize_layers(writer, run.handover, layers, layer_of, groups):
                     totals[index] = LayerTotals.of(index, layer)
-                    if settings.polish:
-                        drafts[index] = layer.parameters
+                    if settings.polish and is_lead():
+                        drafts[index] = on_first_device(layer.parameters)
                     watch.lap("quantize")
                     if on_progress:
                         so_far = [error for each in totals.values() for error in each.errors.values()]

@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from pallas_kernels.svsk_matmul.reference import dequantize
 from svsk_jax.calibration.store import Statistics
+from svsk_jax.model.linear import restore
 from svsk_jax.pipeline.checks import check_weight
 from svsk_jax.pipeline.layer_statistics import layer_statistics
 from svsk_jax.pipeline.plan import Plan
@@ -17,8 +16,6 @@ from svsk_jax.quant.linear import quantize_linear
 from svsk_jax.quant.row_parts import Devices
 from svsk_jax.quant.types import InputMoment
 from svsk_jax.storage.checkpoint import StoredLayer
-
-_dequantize = jax.jit(dequantize)
 
 
 def quantize_layer(
@@ -55,7 +52,7 @@ def quantize_layer(
             predicted += result.nats
         else:
             stored[path] = quantize_linear(dense, moment, plan.config)
-            restored = _dequantize(stored[path])
+            restored = restore(stored[path], dtype=jnp.float32)
         errors[name] = float(layer_error(dense, restored, moment))
     return StoredLayer(parameters=stored, errors=errors, predicted_nats=predicted)
 
@@ -71,7 +68,7 @@ def layer_errors(
         name: float(
             layer_error(
                 jnp.asarray(parameters[f"{name}.weight"], jnp.float32),
-                _dequantize(stored[f"{name}.weight"]),
+                restore(stored[f"{name}.weight"], dtype=jnp.float32),
                 moments[read],
             )
         )

@@ -11,7 +11,6 @@ from pallas_kernels import error_feedback as kernels
 from svsk_jax.quant.codebook import decode, round_to_level
 from svsk_jax.quant.metric import HIGHEST
 
-TOP_CODE = 15
 WINDOWS = (kernels.COLUMNS, 64, 32)
 """Columns between updates of all later ones; the first of these that divides K."""
 BLOCK = 32
@@ -165,8 +164,8 @@ def _extend(
     nearest = round_to_level(target, scales[j], coefficients)
     above = target * jnp.sign(scales[j]) > jnp.abs(scales[j]) * decode(nearest, coefficients)
     other = nearest + jnp.where(above, 1, -1)
-    exists = (other >= 0) & (other <= TOP_CODE)
-    codes = jnp.concatenate([nearest, jnp.clip(other, 0, TOP_CODE)])
+    exists = (other >= 0) & (other <= kernels.TOP_CODE)
+    codes = jnp.concatenate([nearest, jnp.clip(other, 0, kernels.TOP_CODE)])
     error = (jnp.tile(target, (2, 1)) - scales[j] * decode(codes, coefficients)) / U[j, j]
     costs = jnp.tile(cost, (2, 1)) + error * error
     costs = jnp.where(jnp.concatenate([jnp.ones_like(exists), exists]), costs, jnp.inf)

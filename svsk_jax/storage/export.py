@@ -4,13 +4,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
-from svsk_jax.model.linear import to_dense
+from svsk_jax.model.linear import restore
 from svsk_jax.model.source import ModelSource
 from svsk_jax.storage.atomic import output_folder, write_json
 
@@ -46,7 +45,6 @@ def export_dense(
     Raises:
         FileExistsError: `output` exists.
     """
-    restore = jax.jit(to_dense, static_argnames="dtype")
 
     def pieces() -> Iterator[tuple[str, np.ndarray]]:
         for path, value in source.outer(dtype).items():
