@@ -3,8 +3,9 @@ whole model, over several calibration texts.
 
     python -m benchmarks.quality.subsets TEXTS
     svsk calibrate --model FOLDER --calib TEXTS/0/*.jsonl --chunks 96 --output STATISTICS/0     (and 1, 2)
-    python -m benchmarks.quality.ablation quantize --model FOLDER --statistics STATISTICS/0 --output ROWS
+    python -m benchmarks.quality.ablation quantize --model FOLDER --statistics STATISTICS/* --output ROWS
     python -m benchmarks.quality.ablation evaluate --model FOLDER --input ROWS --json ablation.json
+    python -m benchmarks.quality.ablation report --json ablation.json
 
 Without --model it is SmolLM2-135M, dithered (see reference.py). The spread over the texts says which
 differences are real.
@@ -13,6 +14,7 @@ differences are real.
 import argparse
 import dataclasses
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -23,6 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.quality.ablation_report import markdown
 from benchmarks.quality.compare import Reference
 from benchmarks.quality.families import FAMILIES, add_arguments, evaluation_windows
 from benchmarks.quality.reference import dithered_smollm2
@@ -60,11 +63,11 @@ def variants() -> dict[str, QuantConfig]:
     return listed | {name: recipe(name) for name in ("classic-r16", "classic-r8")}
 
 
-def _quantize(source: ModelSource, folder: Path, output: Path, names: list[str]) -> None:
-    """Write OUTPUT/ROW/STATISTICS/, a saved model, for each row; those of a name are replaced."""
-    statistics, known = Statistics.open(folder), variants()
-    for name in names:
-        place = output / name / folder.name
+def _quantize(source: ModelSource, folders: list[Path], output: Path, names: list[str]) -> None:
+    """Write OUTPUT/ROW/STATISTICS/, a saved model, for each row and folder; those of a name are replaced."""
+    known = variants()
+    for name, folder in itertools.product(names, folders):
+        statistics, place = Statistics.open(folder), output / name / folder.name
         made = quantize(source, place, known[name], recipe=name, statistics=statistics, overwrite=True)
         result = {
             "statistics": dict(statistics.manifest["text"]),
@@ -112,17 +115,24 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    make = commands.add_parser("quantize", help="quantize every variant from one calibration")
-    make.add_argument("--statistics", type=Path, required=True, help="folder that `svsk calibrate` wrote")
+    make = commands.add_parser("quantize", help="quantize every variant from each calibration")
+    make.add_argument(
+        "--statistics", type=Path, nargs="+", required=True, help="folders that `svsk calibrate` wrote"
+    )
     make.add_argument("--output", type=Path, required=True)
     make.add_argument("--rows", nargs="+", default=None, metavar="ROW", help="only these; default all")
     judge = commands.add_parser("evaluate", help="compare them with the unquantized model")
     judge.add_argument("--input", type=Path, required=True, help="folder that `quantize` wrote")
     judge.add_argument("--json", type=Path, default=None)
     add_arguments(judge)
+    show = commands.add_parser("report", help="a table of what `evaluate` found, against the first row")
+    show.add_argument("--json", type=Path, required=True)
     for command in (make, judge):
         command.add_argument("--model", default=None, help="the unquantized model; default SmolLM2, dithered")
     arguments = parser.parse_args()
+    if arguments.command == "report":
+        print(markdown(json.loads(arguments.json.read_text(encoding="utf-8"))))
+        return
     jax.config.update("jax_default_matmul_precision", "highest")
     source = open_model(arguments.model) if arguments.model else dithered_smollm2()
     if arguments.command == "evaluate":

@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     add_arguments(judge)
     show = commands.add_parser("report", help="tables and a plot of what `evaluate` found")
     show.add_argument("--json", type=Path, required=True)
+    show.add_argument("--rows", nargs="+", default=None, metavar="ROW", help="only these; default all")
     for command in (judge, show):
         command.add_argument("--markdown", type=Path, default=None)
         command.add_argument("--plot", type=Path, default=None, help="SVG; needs matplotlib")
@@ -105,6 +106,16 @@ def _evaluate(arguments: argparse.Namespace, source: ModelSource) -> None:
     _report(arguments, report)
 
 
+def _chosen(records: list[dict[str, Any]], names: list[str] | None) -> list[dict[str, Any]]:
+    known = [record["name"] for record in records]
+    unknown = set(names or ()) - set(known)
+    if unknown:
+        raise ValueError(
+            f"--rows {', '.join(sorted(unknown))}: not in the file; there are {', '.join(known)}"
+        )
+    return [record for record in records if names is None or record["name"] in names]
+
+
 def _report(arguments: argparse.Namespace, report: dict[str, Any]) -> None:
     text = markdown(report)
     if arguments.markdown:
@@ -122,7 +133,8 @@ def main() -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
     try:
         if arguments.command == "report":
-            _report(arguments, json.loads(arguments.json.read_text(encoding="utf-8")))
+            report = json.loads(arguments.json.read_text(encoding="utf-8"))
+            _report(arguments, report | {"rows": _chosen(report["rows"], arguments.rows)})
             return
         source = open_model(arguments.model) if arguments.model else dithered_smollm2()
         if arguments.command == "evaluate":
