@@ -21,7 +21,7 @@ help:
 	@echo "make demo   quantize SmolLM2-135M, measure it, ask it something"
 	@echo "make test   run the tests"
 	@echo "make fuzz   read damaged files, 1,000 of each kind; SVSK_FUZZ=N for N"
-	@echo "make faults kill quantization 50 times at random moments, resume it, compare the bytes"
+	@echo "make faults kill quantization and calibration 50 times each at random moments, resume, compare the bytes"
 	@echo "make lint   ruff and pyright"
 	@echo "make gate   compile the kernels for GPUs that are not here and check their machine code"
 	@echo "make wheel  build the wheel and try it outside the tree"

@@ -37,7 +37,6 @@ from benchmarks.scale.size_report import markdown, plot
 from benchmarks.speed.block import write_checkpoint
 from svsk_jax import CalibrationConfig, Statistics, calibrate, open_model, quantize, recipe
 from svsk_jax.calibration.mixture import Chunks
-from svsk_jax.calibration.store import kept_chunks
 from svsk_jax.model import ModelConfig
 from svsk_jax.model.parameters import layer_shapes, parameter_shapes
 from svsk_jax.pipeline.memory import (
@@ -117,12 +116,11 @@ def measure(model: str, chunks: int, length: int, limit: int | None, quantizes: 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ids = np.random.default_rng(1).integers(0, source.config.vocab_size, (chunks, length), np.int32)
-        kept_chunks(folder / "text", lambda: Chunks(ids=ids, counts={"random tokens": chunks}))
         calibrate(
             source,
             folder / "statistics",
             calibration_of(chunks, length),
-            keep_text=folder / "text",
+            chunks=Chunks(ids=ids, counts={"random tokens": chunks}),
             max_memory=limit,
             on_progress=stages,
         )

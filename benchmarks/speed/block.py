@@ -32,7 +32,6 @@ from benchmarks.speed.quantize import device_peak_mb, peak_mb
 from convert.names import source_names
 from svsk_jax import CalibrationConfig, Statistics, calibrate, open_model, quantize, recipe
 from svsk_jax.calibration.mixture import Chunks
-from svsk_jax.calibration.store import kept_chunks
 from svsk_jax.known_models import KNOWN
 from svsk_jax.model import ModelConfig
 from svsk_jax.model.parameters import layer_shapes, parameter_shapes
@@ -89,9 +88,9 @@ def measure(config: ModelConfig, name: str, layers: int, chunks: int, work: Path
     model.mkdir()
     write_checkpoint(model, few)
     ids = np.random.default_rng(1).integers(0, few.vocab_size, (chunks, LENGTH), np.int32)
-    kept_chunks(work / "text", lambda: Chunks(ids=ids, counts={"random tokens": chunks}))
+    text = Chunks(ids=ids, counts={"random tokens": chunks})
     source, laps = open_model(str(model)), Laps()
-    manifest = calibrate(source, statistics, CalibrationConfig(), keep_text=work / "text", on_progress=laps)
+    manifest = calibrate(source, statistics, CalibrationConfig(), chunks=text, on_progress=laps)
     result = quantize(
         source,
         work / "out",

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+SPILL = ".block-inputs-"
+"""How the names of temporary folders begin."""
+
 
 class BlockInputs:
     """Host copies of batches of residual streams, all of one shape. A context manager: what went to disk is
@@ -38,7 +41,7 @@ class BlockInputs:
             self._held[what, batch] = value
             return
         if self._spill is None:
-            self._spill = tempfile.TemporaryDirectory(prefix=".block-inputs-", dir=self._folder)
+            self._spill = tempfile.TemporaryDirectory(prefix=SPILL, dir=self._folder)
         path = Path(self._spill.name) / f"{self._files}.bin"
         self._files += 1
         value.tofile(path)

@@ -23,6 +23,7 @@ from svsk_jax.calibration.sensitivity import (
 )
 from svsk_jax.calibration.statistics import (
     Moments,
+    MomentSums,
     add_up,
     embed_batches,
     layer_moments,
@@ -64,7 +65,7 @@ class Walk:
         self.source, self.dtype = source, dtype
         self.mesh = make_mesh() if mesh is None else mesh
         embedding = np.asarray(outer["embedding.weight"]).astype(jnp.dtype(dtype), copy=False)
-        self._place, self._store = sharding(self.mesh, "chunks"), store
+        self._place = sharding(self.mesh, "chunks")
         self.streams = Streams("streams", self._place, store)
         self.masks = []
         for batch, (rows, mask) in enumerate(embed_batches(embedding, ids, batch_tokens, self.mesh)):
@@ -74,6 +75,8 @@ class Walk:
         self.chunks, self.length = ids.shape
         self.kept_chunks = 0
         """Chunks that `backwards` goes on with."""
+        self.gradients = Streams("gradients", self._place, store)
+        """Of these, on the way back."""
 
     def _layers(self, indices: Sequence[int]) -> Iterator[tuple[int, DecoderLayer]]:
         """Each layer on all devices; the next one is read meanwhile."""
@@ -86,26 +89,59 @@ class Walk:
                 del layer
 
     @property
+    def rows_shape(self) -> tuple[int, ...]:
+        """Of this process's rows of a batch of streams or gradients."""
+        here = self.batch_chunks // jax.process_count()
+        return here, self.length, self.source.config.hidden_size
+
+    @property
+    def _num_layers(self) -> int:
+        return self.source.config.num_layers
+
+    @property
     def _kept_batches(self) -> int:
         return -(-self.kept_chunks // self.batch_chunks)
 
     def forwards(
-        self, full: bool, keep: BlockInputs | None = None, keep_chunks: int = 0
+        self, full: bool, keep: BlockInputs | None = None, keep_chunks: int = 0, first: int = 0
     ) -> Iterator[tuple[int, Moments]]:
-        """(index, moments) of each layer, which may still be being computed; the streams end up after the
-        last one.
+        """(index, moments) of each layer, which may still be being computed; `streams` are those after it,
+        and end up after the last one.
 
         Args:
             full: whole second moments rather than their diagonals.
             keep: where to put the layers' inputs for `backwards`.
             keep_chunks: for how many chunks.
+            first: the layer that `streams` are before.
         """
         if keep is not None:
             self.kept_chunks = min(keep_chunks, self.chunks)
         last = None
-        for index, layer in self._layers(range(self.source.config.num_layers)):
+        for index, sums in self._forwards(range(first, self._num_layers), self.masks, full, keep):
+            moments = add_up(sums, self.mesh, full)
+            del sums
+            last = _wait_for(last, moments)
+            yield index, moments
+
+    def replay(self, layers: int, full: bool, keep: BlockInputs, keep_chunks: int) -> Iterator[int]:
+        """The index of each of the first `layers` layers, whose inputs are put into `keep` as by `forwards`
+        and by the same functions: others might round otherwise. `streams`, which are those before the first
+        layer, are used up."""
+        self.kept_chunks = min(keep_chunks, self.chunks)
+        last = None
+        kept = self.masks[: self._kept_batches]
+        for index, sums in self._forwards(range(layers), kept, full, keep):
+            last = _wait_for(last, sums)
+            del sums
+            yield index
+        self.streams.restore(())
+
+    def _forwards(
+        self, layers: Sequence[int], masks: Sequence[jax.Array], full: bool, keep: BlockInputs | None
+    ) -> Iterator[tuple[int, MomentSums]]:
+        for index, layer in self._layers(layers):
             sums = None
-            for batch, mask in enumerate(self.masks):
+            for batch, mask in enumerate(masks):
                 x = self.streams.take(batch)
                 if sums is None:
                     sums = no_moments(layer, x, mask, self.mesh, full)
@@ -114,32 +150,36 @@ class Walk:
                 y, sums = layer_moments(layer, x, mask, sums, self.mesh, full)
                 self.streams.put(batch, y)
             assert sums is not None
-            moments = add_up(sums, self.mesh, full)
-            last = _wait_for(last, moments)
-            yield index, moments
+            yield index, sums
 
-    def backwards(self, kept: BlockInputs, seed: int) -> Iterator[tuple[int, Sensitivities, Moments]]:
-        """(index, sensitivities, weighted moments) of each layer, from the last to the first; they may still
-        be being computed.
+    def start_backwards(self, seed: int) -> None:
+        """Make `gradients` after the last layer of `streams`, which are used up.
 
         Args:
-            kept: the layers' inputs that `forwards` put there.
             seed: of the labels sampled at the head.
         """
         tail = put(_tail(self.source, self.dtype), sharding(self.mesh))
         counted = masks(self.kept_chunks, self.batch_chunks, self.mesh)
-        upstream = Streams("gradients", self._place, self._store)
         for batch in range(len(self.masks)):
             x = self.streams.take(batch)
             if batch < len(counted):
                 first = batch * self.batch_chunks
-                upstream.put(batch, head_gradient(tail, x, counted[batch], seed, first, self.mesh))
-        del tail
+                self.gradients.put(batch, head_gradient(tail, x, counted[batch], seed, first, self.mesh))
+
+    def backwards(self, kept: BlockInputs, layers: int) -> Iterator[tuple[int, Sensitivities, Moments]]:
+        """(index, sensitivities, weighted moments) of each of the first `layers` layers, from the last to the
+        first; they may still be being computed. `gradients`, which are those behind these layers, go along.
+
+        Args:
+            kept: the layers' inputs that `forwards` or `replay` put there.
+            layers: how many are left.
+        """
+        upstream, batches = self.gradients, range(self._kept_batches)
         last = None
-        for index, layer in self._layers(range(self.source.config.num_layers)[::-1]):
+        for index, layer in self._layers(range(layers)[::-1]):
             blocks = sums = None
             weights = []
-            for batch in range(len(counted)):
+            for batch in batches:
                 x = from_local_rows(kept.get(index, batch), self._place)
                 if blocks is None:
                     blocks = no_blocks(layer, x, self.mesh)
@@ -150,7 +190,7 @@ class Walk:
             sensitivities = self._sensitivities(one_copy(add_up_blocks(blocks, self.mesh)), weights)
             by_token = token_weights(sensitivities)
             del blocks
-            for batch in range(len(counted)):
+            for batch in batches:
                 x = from_local_rows(kept.pop(index, batch), self._place)
                 if sums is None:
                     sums = no_moments(layer, x, self.masks[0], self.mesh, True)
@@ -182,7 +222,7 @@ class Walk:
         return jnp.pad(rows, ((0, missing), *((0, 0),) * (rows.ndim - 1)))
 
 
-def _wait_for(last: Any, moments: Moments) -> Any:
+def _wait_for(last: Any, moments: Moments | MomentSums) -> Any:
     """Wait for the last layer, so that no more than two are in memory; what to wait for next time."""
     jax.block_until_ready(last)
     return [moment.tokens for moment in moments.values()]

@@ -2,15 +2,13 @@
 across recipes."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from svsk_jax.calibration.experts import Starved
 from svsk_jax.calibration.mixture import Chunks
 from svsk_jax.calibration.sensitivity import Sensitivities
 from svsk_jax.calibration.statistics import Moments
@@ -21,16 +19,16 @@ from svsk_jax.calibration.stored_arrays import (
     check_tokens,
     moment_forms,
     sensitivity_forms,
+    write_arrays,
 )
 from svsk_jax.json_data import read_json_object
 from svsk_jax.model.config import ModelConfig
 from svsk_jax.quant.types import InputMoment, OutputSensitivity
 from svsk_jax.storage.atomic import write_json
-from svsk_jax.storage.durable import durable_file
 
 MANIFEST = "calibration.json"
 TOKENS = "tokens.safetensors"
-FORMAT = 3
+FORMAT = 4
 WEIGHTED = "weighted."
 T = TypeVar("T")
 
@@ -45,7 +43,7 @@ def _sensitivity_file(folder: Path, index: int) -> Path:
 
 def write_tokens(folder: Path, ids: np.ndarray) -> None:
     """Store the chunks of tokens, int32 [chunks, length]."""
-    save_file({"ids": np.ascontiguousarray(ids, np.int32)}, folder / TOKENS)
+    write_arrays(folder / TOKENS, {"ids": np.asarray(ids, np.int32)})
 
 
 def read_tokens(folder: Path) -> np.ndarray:
@@ -54,23 +52,22 @@ def read_tokens(folder: Path) -> np.ndarray:
 
 
 def kept_chunks(path: Path, make: Callable[[], Chunks]) -> Chunks:
-    """The chunks that the file `path` keeps; where there is none, those that `make` gives, which are kept
-    there first."""
+    """The chunks that the file `path` keeps; where there is none, or it is damaged, those that `make` gives,
+    which are kept there first."""
     if path.is_file():
         try:
-            with safe_open(path, framework="numpy") as file:
-                return Chunks(ids=file.get_tensor("ids"), counts=json.loads(file.metadata()["counts"]))
-        except SafetensorError:
+            kept = StoredArrays(path)
+            return Chunks(ids=kept["ids"], counts=kept.note["counts"])
+        except ValueError:
             path.unlink()
     chunks = make()
-    with durable_file(path) as partial:
-        save_file({"ids": chunks.ids}, partial, metadata={"counts": json.dumps(dict(chunks.counts))})
+    write_arrays(path, {"ids": chunks.ids}, counts=dict(chunks.counts))
     return chunks
 
 
-def write_moments(folder: Path, index: int, moments: Moments) -> None:
+def write_moments(folder: Path, index: int, moments: Moments, starved: Starved | None = None) -> None:
     """Store one layer's moments: the f32 sum under the activation's name, the token count as
-    `<name>.tokens`.
+    `<name>.tokens`; and beside them the experts that had too few tokens.
 
     Raises:
         ValueError: an activation that overflowed, by name: nothing can be made of its moment.
@@ -85,18 +82,31 @@ def write_moments(folder: Path, index: int, moments: Moments) -> None:
                 f"layers.{index}.{name}: {broken} of {len(total)} channels are NaN or Inf on the "
                 "calibration text; check that the model runs unquantized in this dtype"
             )
-    save_file(arrays, _moments_file(folder, index))
+    write_arrays(_moments_file(folder, index), arrays, starved=starved or {})
 
 
-def write_sensitivities(folder: Path, index: int, sensitivities: Sensitivities, weighted: Moments) -> None:
+def write_sensitivities(
+    folder: Path, index: int, sensitivities: Sensitivities, weighted: Moments, starved: Starved | None = None
+) -> None:
     """Store one layer's sensitivities, as `<linear>.blocks`, `.weights` and `.tokens`, and its weighted
-    moments, as `weighted.<activation>` and `.tokens`."""
+    moments, as `weighted.<activation>` and `.tokens`; and beside them the experts that had too few tokens."""
     arrays = _plain_moments({f"{WEIGHTED}{name}": moment for name, moment in weighted.items()})
     for name, sensitivity in sensitivities.items():
         arrays[f"{name}.blocks"] = np.asarray(sensitivity.blocks)
         arrays[f"{name}.weights"] = np.asarray(sensitivity.weights)
         arrays[f"{name}.tokens"] = np.asarray(sensitivity.tokens).reshape(1)
-    save_file(arrays, _sensitivity_file(folder, index))
+    write_arrays(_sensitivity_file(folder, index), arrays, starved=starved or {})
+
+
+def starved_experts(folder: Path, layers: Iterable[int], sensitive: Iterable[int]) -> dict[str, Starved]:
+    """The experts that had too few tokens, by layer, as it is stored with the moments of some layers and the
+    sensitivities of some."""
+    starved: dict[str, Starved] = {
+        f"layers.{i}": StoredArrays(_moments_file(folder, i)).note["starved"] for i in layers
+    }
+    for index in sensitive:
+        starved[f"layers.{index}"] |= StoredArrays(_sensitivity_file(folder, index)).note["starved"]
+    return starved
 
 
 def _plain_moments(moments: Moments) -> dict[str, np.ndarray]:
@@ -218,5 +228,6 @@ class Statistics:
 
 
 def finish(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest, last, so that a folder with one is whole."""
-    write_json(folder / MANIFEST, {"format": FORMAT, **manifest})
+    """Write the manifest, with the names of the files, last, so that a folder with one is whole."""
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    write_json(folder / MANIFEST, {"format": FORMAT, "files": files, **manifest})

@@ -1,27 +1,39 @@
-"""Arrays of statistics on disk, read without trust: their types, shapes and values are checked."""
+"""Arrays of statistics on disk, with digests; read without trust: types, shapes and values are checked."""
 
+import json
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
+from svsk_jax.json_data import parse_json
 from svsk_jax.model.config import ModelConfig
 from svsk_jax.model.parameters import input_widths, layer_linears
 from svsk_jax.quant.types import SENSITIVITY_TILE
+from svsk_jax.storage.arrays import sha256
+from svsk_jax.storage.durable import durable_file
 
 AGAIN = "run `svsk calibrate` again"
 ROWS = 4096
 """Looked at together, which bounds the memory of it."""
+NOTE = "svsk"
+"""Key of digests, and what else is told of the arrays, in the metadata of a file."""
+DIFFERS = "its SHA-256 is not the one stored with it"
+DTYPES = {"F32": np.dtype("<f4"), "I32": np.dtype("<i4")}
+"""Of statistics and tokens."""
 
 Form = tuple[str, tuple[int, ...]]
 """The dtype of a safetensors file, and a shape; a side of -1 may be any."""
 
 
 class StoredArrays(Mapping[str, np.ndarray]):
-    """The arrays of a safetensors file, each read when it is asked for and its floats checked finite: a layer
-    of experts has gigabytes of them.
+    """The arrays that `write_arrays` stored, each read when it is asked for, compared with its digest and its
+    floats checked finite: a layer of experts has gigabytes of them. The file is opened once. It is not
+    mapped, which would count what was read of it as memory of the process.
 
     Raises:
         ValueError: names the file, and the array.
@@ -29,38 +41,79 @@ class StoredArrays(Mapping[str, np.ndarray]):
 
     def __init__(self, path: Path):
         self.path = path
-        with self._open() as file:
-            self.names = dict.fromkeys(file.keys())
+        try:
+            with safe_open(path, framework="numpy") as file:  # checks the header against the file's size
+                self.note: dict[str, Any] = parse_json((file.metadata() or {})[NOTE])
+            digests = self.note["sha256"]
+            self._stream = path.open("rb", buffering=0)
+            weakref.finalize(self, self._stream.close)
+            size = int.from_bytes(self._stream.read(8), "little")
+            self._entries: dict[str, Any] = json.loads(self._stream.read(size))
+            del self._entries["__metadata__"]
+            self._start = 8 + size
+            self._digests = {name: digests[name] for name in self._entries}
+        except (OSError, SafetensorError) as error:
+            raise self._damaged(error) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.path}: has no digests of its arrays; {AGAIN}") from error
 
     def __contains__(self, name: object) -> bool:
-        return name in self.names
+        return name in self._entries
 
     def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self.names:
-            raise KeyError(name)
-        try:
-            with self._open() as file:
-                value = file.get_tensor(name)
-        except (OSError, SafetensorError, KeyError, TypeError) as error:
-            raise self._damaged(error) from error
+        value = self._read(name)
+        if sha256(value) != self._digests[name]:
+            raise ValueError(f"{self.path}: {name}: {DIFFERS}; {AGAIN}")
         if value.dtype.kind == "f" and not _is_finite(value):
             raise ValueError(f"{self.path}: {name} holds NaN or Inf; {AGAIN}")
         return value
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
+        return iter(self._entries)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self._entries)
 
-    def _open(self) -> Any:
+    def differs(self, name: str) -> bool:
+        """Whether an array is not what was written."""
+        return sha256(self._read(name)) != self._digests[name]
+
+    def _read(self, name: str) -> np.ndarray:
+        entry = self._entries[name]
+        dtype = DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise ValueError(f"{self.path}: {name} is {entry['dtype']}, expected F32 or I32; {AGAIN}")
+        value = np.empty(entry["shape"], dtype)
+        left = value.reshape(-1).view(np.uint8).data
         try:
-            return safe_open(self.path, framework="numpy")
-        except (OSError, SafetensorError) as error:
+            self._stream.seek(self._start + entry["data_offsets"][0])
+            # One call reads 2 GB at most.
+            while left:
+                count = self._stream.readinto(left)
+                if not count:
+                    raise OSError("it is shorter than its header says")
+                left = left[count:]
+        except OSError as error:
             raise self._damaged(error) from error
+        return value
 
     def _damaged(self, error: Exception) -> ValueError:
         return ValueError(f"{self.path}: cannot be read ({error}); {AGAIN}")
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], **note: Any) -> None:
+    """Store f32 and int32 arrays with the SHA-256 of each, durable once written.
+
+    Args:
+        path: of the safetensors file.
+        arrays: by name.
+        note: JSON data to be stored beside the digests, `StoredArrays.note`.
+    """
+    whole = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+    digests = {name: sha256(value) for name, value in whole.items()}
+    with durable_file(path) as partial:
+        # One entry: safetensors writes several in any order.
+        save_file(whole, partial, metadata={NOTE: json.dumps({"sha256": digests, **note})})
 
 
 def _is_finite(value: np.ndarray) -> bool:

@@ -86,7 +86,8 @@ def explain(error: BaseException) -> tuple[int, str]:
     """Exit status and message for an error that ended a verb."""
     if isinstance(error, SystemExit):
         return (error.code if isinstance(error.code, int) else OTHER_ERROR), ""
-    kept = next((note for note in getattr(error, "__notes__", []) if note.startswith(KEPT)), None)
+    # A run within another tells first, and the outer one how to go on.
+    kept = next((note for note in getattr(error, "__notes__", [])[::-1] if note.startswith(KEPT)), None)
     status, message = _explain(error, kept or "no output was left behind")
     return status, message if kept is None or kept in message else f"{message}; {kept}"
 

@@ -1,9 +1,10 @@
 """`svsk autotune`."""
 
 import dataclasses
+import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +24,7 @@ from svsk_jax.model.source import ModelSource
 from svsk_jax.models import load_model, open_model
 from svsk_jax.parallel.distributed import agree, barrier, is_distributed, is_lead
 from svsk_jax.pipeline import Plan
+from svsk_jax.pipeline.run import KEPT
 from svsk_jax.quant.types import DEFAULT_RECIPE, recipe
 from svsk_jax.xla_flags import take_library_products
 
@@ -30,8 +32,8 @@ from svsk_jax.xla_flags import take_library_products
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Autotune(MemoryFlags, MeshFlags, ModelFlags, Verb):
     """Choose group size, codebook, sidecar tile and ranks of every linear for a budget of bytes, and write
-    a recipe file for `svsk quantize --recipe FILE`. A run that was cut short is taken up by the same command:
-    it calibrates again unless it is given --calib-stats, and measures what is still to be measured."""
+    a recipe file for `svsk quantize --recipe FILE`. A run that was cut short is taken up by the same command,
+    which calibrates and measures what is still to be calibrated and measured."""
 
     output: Annotated[Path, tyro.conf.arg(aliases=("-o",))]
     """Recipe file to write (.json)."""
@@ -65,8 +67,8 @@ class Autotune(MemoryFlags, MeshFlags, ModelFlags, Verb):
             config = dataclasses.replace(config, bits=self.bits)
         source = open_model(self.model, revision=self.revision)
         work = self.output.absolute().with_suffix(".work")
-        with self._scratch() as scratch, layer_progress() as on_progress:
-            statistics = self._statistics(source, scratch, mesh, on_progress)
+        with self._scratch() as scratch, self._kept(work), layer_progress() as on_progress:
+            statistics = self._statistics(source, work, mesh, on_progress)
             tuned = pipeline.autotune(
                 source,
                 statistics,
@@ -84,6 +86,10 @@ class Autotune(MemoryFlags, MeshFlags, ModelFlags, Verb):
             if self.measure == "on":
                 plans = {"default": tuned.default, "tuned": tuned.plan}
                 measured = self._measure(source, statistics, plans, scratch, mesh, on_progress)
+            if is_lead() and self.calib_stats is None:
+                shutil.rmtree(statistics.folder)
+                with suppress(OSError):  # something else is in it
+                    work.rmdir()
         result = {
             "predicted_nats": {
                 "default": tuned.default.predicted_nats,
@@ -117,16 +123,28 @@ class Autotune(MemoryFlags, MeshFlags, ModelFlags, Verb):
             yield Path(agree(lambda: scratch))
             barrier()
 
+    @contextmanager
+    def _kept(self, work: Path) -> Iterator[None]:
+        """Say with an exception where what was measured is kept."""
+        try:
+            yield
+        except BaseException as error:
+            if work.is_dir() and any(work.iterdir()) and not self.output.exists():
+                error.add_note(f"{KEPT} in {work}: go on with the same command")
+            raise
+
     def _statistics(
-        self, source: ModelSource, scratch: Path, mesh: Mesh | None, on_progress: pipeline.OnProgress
+        self, source: ModelSource, work: Path, mesh: Mesh | None, on_progress: pipeline.OnProgress
     ) -> Statistics:
         if self.calib_stats is not None:
             return Statistics.open(self.calib_stats)
-        folder = scratch / "statistics"
+        folder = work / "statistics"
         pipeline.calibrate(
             source,
             folder,
             self.calibration,
+            overwrite=True,
+            resume=True,
             mesh=mesh,
             max_memory=self.limit,
             on_progress=on_progress,

@@ -17,6 +17,8 @@ class Calibrate(OutputFlags, MemoryFlags, MeshFlags, ModelFlags, Verb):
     """Measure a model's activations on calibration text once, for any number of quantize runs
     (--calib-stats)."""
 
+    resume: bool = False
+    """Go on with an unfinished run of this same command, to the same bytes; start it if there is none."""
     calibration: CalibrationConfig = CalibrationConfig()
     """What to calibrate on."""
 
@@ -31,6 +33,7 @@ class Calibrate(OutputFlags, MemoryFlags, MeshFlags, ModelFlags, Verb):
                 self.output,
                 self.calibration,
                 overwrite=self.overwrite,
+                resume=self.resume,
                 mesh=mesh,
                 max_memory=self.limit,
                 on_progress=on_progress,

@@ -1,17 +1,21 @@
 """Measure a model on calibration text."""
 
+import dataclasses
+import shutil
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from svsk_jax.calibration import store
-from svsk_jax.calibration.block_inputs import BlockInputs
+from svsk_jax.calibration.block_inputs import SPILL, BlockInputs
 from svsk_jax.calibration.chunks import calibration_chunks
 from svsk_jax.calibration.config import CalibrationConfig
 from svsk_jax.calibration.experts import (
@@ -22,17 +26,23 @@ from svsk_jax.calibration.experts import (
 )
 from svsk_jax.calibration.mixture import Chunks
 from svsk_jax.calibration.passes import Walk
+from svsk_jax.calibration.streams import Streams
+from svsk_jax.calibration.walk_state import START, Place, WalkState
 from svsk_jax.model.config import ModelConfig
 from svsk_jax.model.parameters import input_widths, layer_kinds, layer_linears
 from svsk_jax.model.source import ModelSource
+from svsk_jax.parallel import make_mesh
 from svsk_jax.parallel.distributed import agree, barrier, is_lead
 from svsk_jax.parallel.placement import readable
-from svsk_jax.pipeline.checks import default_dtype, refuse_packed, require_space
-from svsk_jax.pipeline.memory import Machine, plan_calibration
+from svsk_jax.pipeline.checks import default_dtype, files_bytes, refuse_packed, require_space
+from svsk_jax.pipeline.identity import calibration_identity
+from svsk_jax.pipeline.memory import Machine, MemoryPlan, chunk_length, plan_calibration
 from svsk_jax.pipeline.progress import OnProgress, Progress, Stopwatch
+from svsk_jax.pipeline.run import CalibrationRun, discard, unfinished_run
 from svsk_jax.quant.types import SENSITIVITY_TILE
-from svsk_jax.storage.atomic import output_folder, partial_folder
+from svsk_jax.storage.atomic import recover
 from svsk_jax.storage.behind import OneBehind
+from svsk_jax.storage.lock import locked
 
 
 def calibrate(
@@ -41,8 +51,9 @@ def calibrate(
     calibration: CalibrationConfig,
     *,
     overwrite: bool = False,
+    resume: bool = False,
     dtype: DTypeLike | None = None,
-    keep_text: Path | None = None,
+    chunks: Chunks | None = None,
     mesh: Mesh | None = None,
     max_memory: int | None = None,
     on_progress: OnProgress | None = None,
@@ -50,140 +61,212 @@ def calibrate(
     """Measure the second moments of every linear's input and the model's sensitivity to its output, and store
     them under `output` for `quantize`.
 
+    The text, every finished layer's statistics and, as often as it costs a tenth of the time at most, what is
+    needed to go on from there are on the disk, beside `output` (`pipeline.run`). When the run ends early, in
+    whatever way, it can be taken up with `resume`: the statistics are the same bytes.
+
     Args:
         source: the unquantized model.
         output: folder to make; it appears only when whole.
         calibration: the text, and what is measured on it.
-        overwrite: replace statistics that svsk wrote.
+        overwrite: replace statistics that svsk wrote, or an unfinished run; with `resume`, only one of
+            something else.
+        resume: go on with an unfinished run of the same model, text, settings, devices and versions, if there
+            is one. A finished one is left as it is.
         dtype: of the activations; default f32 on CPU, bf16 elsewhere.
-        keep_text: file that keeps the chunks of tokens; those that an earlier run left there are taken as
-            they are.
+        chunks: tokens to measure on, in place of those of the text that `calibration` names.
         mesh: `data` × `model` devices to work on; default all, along `data`.
         max_memory: bytes that may be held (`pipeline.memory`); batches are then no larger than fits, and
             residual streams go where there is room.
         on_progress: called after each layer of each pass.
 
     Returns:
-        The manifest: model, text, chunks, wall time by stage, and by layer the experts that had too few
-        tokens for statistics of their own (`calibration.experts`), of which a warning tells too.
+        The manifest: model, text, chunks, wall time by stage (of the part since a resume), and by layer the
+        experts that had too few tokens for statistics of their own (`calibration.experts`), of which a
+        warning tells too.
 
     Raises:
-        ValueError: text too short, model already quantized, more memory needed than `max_memory`.
-        FileExistsError: `output` exists, or another run is writing to it.
+        ValueError: text too short, model already quantized, an unfinished run of something else or a damaged
+            one, more memory needed than `max_memory`.
+        FileExistsError: `output` exists, an unfinished run for it does, or another run is writing to it.
         OSError: too little disk space.
     """
     watch = Stopwatch()
     dtype = default_dtype() if dtype is None else dtype
-    has_text = keep_text is not None and keep_text.is_file()
+    mesh = make_mesh() if mesh is None else mesh
+    run = CalibrationRun(output)
+    has_text = chunks is not None or run.text.is_file()
     machine = Machine.of(mesh, dtype)
     memory = plan_calibration(source.config, calibration, machine, max_memory, has_text=has_text)
-    with _shared_folder(output, overwrite) as folder:
+    calibration = dataclasses.replace(calibration, batch_tokens=memory.batch_tokens)
+    identity = calibration_identity(source, calibration, chunks, mesh, dtype=dtype)
+    with locked(output) if is_lead() else nullcontext():
         if is_lead():
-            require_space(output, statistics_bytes(source.config, calibration))
-        outer = source.outer(dtype)
-        refuse_packed(source, outer)
-        watch.lap("load")
-
-        def make_text() -> dict[str, int]:
-            chunks = _chunks(source, calibration, dtype, keep_text)
-            store.write_tokens(folder, chunks.ids)
-            return dict(chunks.counts)
-
-        counts = agree(make_text)
-        ids = store.read_tokens(folder)
-        watch.lap("text")
-        layers = source.config.num_layers
-
-        def report(stage: str, done: int) -> None:
-            watch.lap(stage)
-            if on_progress:
-                on_progress(Progress(stage=stage, layer=done, layers=layers))
-
-        with OneBehind() as writer, BlockInputs(memory.store_bytes, folder) as kept:
-            off_devices = kept if memory.streams == "store" else None
-            walk = Walk(source, outer, ids, memory.batch_tokens, dtype, mesh, off_devices)
-            del outer
-
-            def write(how: Callable[..., None], index: int, *found: Any) -> None:
-                whole = readable(found)
+            recover(run.output)
+        if not (resume and agree(lambda: _finished(run, identity))):
+            with unfinished_run(run, identity, overwrite=overwrite, resume=resume):
                 if is_lead():
-                    writer.submit(how, folder, index, *whole)
+                    _clear_up(run)
+                    states = 2 * streams_bytes(source.config, calibration, dtype)
+                    needed = statistics_bytes(source.config, calibration) + states
+                    require_space(output, needed - files_bytes(run.folder))
+                manifest = _measure(run, source, calibration, dtype, chunks, mesh, memory, watch, on_progress)
+                if is_lead():
+                    store.finish(run.made, {**manifest, "run": identity})
+                    run.finish()
+                barrier()
+    return dict(store.Statistics.open(output).manifest)
 
-            sensitive = calibration.measures_sensitivity
-            forwards = walk.forwards(
-                calibration.moments == "full", kept if sensitive else None, calibration.fisher_chunks
-            )
-            starved: dict[str, Starved] = {}
-            for index, found in forwards:
-                moments, few = moments_by_expert(found)
-                starved[f"layers.{index}"] = few
-                write(store.write_moments, index, moments)
-                report("calibrate", index + 1)
-            writer.finish()
-            watch.lap("calibrate")
-            if sensitive:
-                for index, of_outputs, of_inputs in walk.backwards(kept, calibration.seed):
-                    sensitivities, few = sensitivities_by_expert(of_outputs)
-                    weighted, few_weighted = moments_by_expert(of_inputs)
-                    write(store.write_sensitivities, index, sensitivities, weighted)
-                    starved[f"layers.{index}"] |= few | {
-                        f"{store.WEIGHTED}{name}": numbers for name, numbers in few_weighted.items()
-                    }
-                    report("sensitivity", layers - index)
+
+def _measure(
+    run: CalibrationRun,
+    source: ModelSource,
+    calibration: CalibrationConfig,
+    dtype: DTypeLike,
+    given: Chunks | None,
+    mesh: Mesh,
+    memory: MemoryPlan,
+    watch: Stopwatch,
+    on_progress: OnProgress | None,
+) -> dict[str, Any]:
+    """Measure what is not yet measured; what the manifest says of it."""
+    outer = source.outer(dtype)
+    refuse_packed(source, outer)
+    watch.lap("load")
+
+    def make_text() -> dict[str, int]:
+        chunks = store.kept_chunks(run.text, lambda: given or calibration_chunks(source, calibration, dtype))
+        store.write_tokens(run.made, chunks.ids)
+        return dict(chunks.counts)
+
+    counts = agree(make_text)
+    ids = store.read_tokens(run.made)
+    watch.lap("text")
+    layers = source.config.num_layers
+
+    def report(stage: str, done: int) -> None:
+        watch.lap(stage)
+        if on_progress:
+            on_progress(Progress(stage=stage, layer=done, layers=layers))
+
+    state = WalkState(run.walk, jax.process_index(), jax.process_count())
+    begun, starved = agree(lambda: _so_far(run, state, layers))
+    begun = Place(*begun)
+    goes_back = begun.kind == "gradients"
+    full, fisher = calibration.moments == "full", calibration.fisher_chunks
+    with OneBehind() as writer, BlockInputs(memory.store_bytes, run.folder) as kept:
+        off_devices = kept if memory.streams == "store" else None
+        walk = Walk(source, outer, ids, memory.batch_tokens, dtype, mesh, off_devices)
+        del outer
+
+        def write(how: Callable[..., None], index: int, *found: Any) -> None:
+            whole = readable(found)
+            if is_lead():
+                writer.submit(how, run.made, index, *whole)
+
+        def save(place: Place, streams: Streams) -> None:
+            if state.is_due:
                 writer.finish()
-                watch.lap("sensitivity")
-        starved = {layer: kinds for layer, kinds in starved.items() if kinds}
-        if starved:
-            assert source.config.mixture is not None
-            warnings.warn(describe_starved(starved, source.config.mixture.num_experts), stacklevel=2)
-        text = {
-            "calib": {_public_name(name): count for name, count in counts.items()},
-            "chunks": ids.shape[0],
-            "chunk_length": ids.shape[1],
-            "moments": calibration.moments,
-            "fisher_chunks": walk.kept_chunks,
-            "seed": calibration.seed,
-        }
-        if starved:
-            text["pooled_experts"] = starved
-        manifest = {
-            "model": source.description,
-            "fingerprint": source.fingerprint(),
-            "text": text,
-            "seconds": watch.seconds,
-        }
-        if is_lead():
-            store.finish(folder, manifest)
-    return manifest
+                state.write(place, streams)
+
+        sensitive = calibration.measures_sensitivity
+        if begun != START:
+            if sensitive:
+                for index in walk.replay(begun.layer, full, kept, fisher):
+                    report("replay", index + 1)
+            rows = state.read(begun, walk.rows_shape, dtype)
+            (walk.gradients if goes_back else walk.streams).restore(rows)
+        first = layers if goes_back else begun.layer
+        for index, found in walk.forwards(full, kept if sensitive else None, fisher, first):
+            moments, few = moments_by_expert(found)
+            starved[f"layers.{index}"] = few
+            write(store.write_moments, index, moments, few)
+            save(Place("streams", index + 1), walk.streams)
+            report("calibrate", index + 1)
+        writer.finish()
+        watch.lap("calibrate")
+        if sensitive:
+            if not goes_back:
+                walk.start_backwards(calibration.seed)
+            for index, of_outputs, of_inputs in walk.backwards(kept, begun.layer if goes_back else layers):
+                sensitivities, few = sensitivities_by_expert(of_outputs)
+                weighted, few_weighted = moments_by_expert(of_inputs)
+                few |= {f"{store.WEIGHTED}{name}": numbers for name, numbers in few_weighted.items()}
+                starved[f"layers.{index}"] |= few
+                write(store.write_sensitivities, index, sensitivities, weighted, few)
+                save(Place("gradients", index), walk.gradients)
+                report("sensitivity", layers - index)
+            writer.finish()
+            watch.lap("sensitivity")
+    in_order = (f"layers.{index}" for index in range(layers))
+    starved = {layer: starved[layer] for layer in in_order if starved[layer]}
+    if starved:
+        assert source.config.mixture is not None
+        warnings.warn(describe_starved(starved, source.config.mixture.num_experts), stacklevel=3)
+    text = {
+        "calib": {_public_name(name): count for name, count in counts.items()},
+        "chunks": ids.shape[0],
+        "chunk_length": ids.shape[1],
+        "moments": calibration.moments,
+        "fisher_chunks": walk.kept_chunks,
+        "seed": calibration.seed,
+    }
+    if starved:
+        text["pooled_experts"] = starved
+    return {
+        "model": source.description,
+        "fingerprint": source.fingerprint(),
+        "text": text,
+        "seconds": watch.seconds,
+    }
 
 
-@contextmanager
-def _shared_folder(output: Path, overwrite: bool) -> Iterator[Path]:
-    """The lead's `output_folder`, for every process; no process is done before it has its name."""
-    if is_lead():
-        with output_folder(output, overwrite=overwrite, marker=store.MANIFEST) as folder:
-            barrier()
-            yield folder
-            barrier()
-    else:
-        barrier()
-        yield partial_folder(output)
-        barrier()
-    barrier()
+def _finished(run: CalibrationRun, identity: Mapping[str, Any]) -> bool:
+    """Whether this very run had finished; what its end left to remove is removed."""
+    try:
+        manifest = store.Statistics.open(run.output).manifest
+    except ValueError:
+        return False
+    if manifest.get("run") != identity:
+        return False
+    discard(run.folder)
+    return True
 
 
-def _chunks(
-    source: ModelSource, calibration: CalibrationConfig, dtype: DTypeLike, keep_text: Path | None
-) -> Chunks:
-    def make() -> Chunks:
-        return calibration_chunks(source, calibration, dtype)
+def _clear_up(run: CalibrationRun) -> None:
+    """Make a run's folder for statistics, and remove what a process that was killed left half done."""
+    run.made.mkdir(exist_ok=True)
+    for left in [*run.folder.glob(f"{SPILL}*"), *run.made.glob(f".{store.MANIFEST}*")]:
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
 
-    return make() if keep_text is None else store.kept_chunks(keep_text, make)
+
+def _so_far(run: CalibrationRun, state: WalkState, layers: int) -> tuple[Place, dict[str, Starved]]:
+    """How far a run has come, and the experts that had too few tokens until there, by layer."""
+    place = state.place()
+    goes_back = place.kind == "gradients"
+    measured = range(layers) if goes_back else range(place.layer)
+    try:
+        return place, store.starved_experts(
+            run.made, measured, range(place.layer, layers) if goes_back else ()
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"--resume: a finished layer is damaged; first remove {run.folder} ({error})"
+        ) from error
 
 
 def _public_name(name: str) -> str:
     """A source's name, or the last part of a path."""
     return Path(name).name
+
+
+def streams_bytes(model: ModelConfig, calibration: CalibrationConfig, dtype: DTypeLike) -> int:
+    """Bytes of the residual streams of all chunks."""
+    tokens = calibration.chunks * chunk_length(model, calibration)
+    return tokens * model.hidden_size * jnp.dtype(dtype).itemsize
 
 
 def statistics_bytes(model: ModelConfig, calibration: CalibrationConfig) -> int:

@@ -51,6 +51,11 @@ def refuse_polish(recipe: str, config: QuantConfig, model: ModelConfig) -> None:
         )
 
 
+def files_bytes(folder: Path) -> int:
+    """Bytes of the files below a folder; 0 where there is none."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def require_space(output: Path, needed: int) -> None:
     """OSError unless the disk that `output` will lie on has `needed` bytes free."""
     parent = output.absolute().parent

@@ -1,4 +1,4 @@
-"""What a quantization run is a run of: two runs with the same identity make the same bytes."""
+"""What a run is a run of: two runs with the same identity make the same bytes."""
 
 import dataclasses
 import hashlib
@@ -9,14 +9,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from svsk_jax.calibration.chunks import text_identity
 from svsk_jax.calibration.config import CalibrationConfig
+from svsk_jax.calibration.mixture import Chunks
 from svsk_jax.calibration.store import Statistics
 from svsk_jax.model.source import ModelSource
 from svsk_jax.pipeline.plan import Plan
 from svsk_jax.quant.types import QuantConfig
+from svsk_jax.storage.arrays import sha256
 
 
 def run_identity(
@@ -37,11 +40,37 @@ def run_identity(
         "quant_config": dataclasses.asdict(settings),
         "plan": _digest(dataclasses.asdict(config)["tensors"]) if isinstance(config, Plan) else None,
         "calibration": _calibration(calibration),
+        **_machine(dtype),
+    }
+    return json.loads(json.dumps(identity))
+
+
+def calibration_identity(
+    source: ModelSource,
+    calibration: CalibrationConfig,
+    chunks: Chunks | None,
+    mesh: Mesh,
+    *,
+    dtype: DTypeLike,
+) -> dict[str, Any]:
+    """Likewise of a calibration by itself, on chunks of its text or on given ones; its sums are rounded as
+    the devices of a mesh divide them."""
+    given = {} if chunks is None else {"tokens": sha256(chunks.ids)}
+    identity = {
+        "model": source.fingerprint(),
+        "calibration": _calibration(calibration) | given,
+        "mesh": {**mesh.shape, "processes": jax.process_count()},
+        **_machine(dtype),
+    }
+    return json.loads(json.dumps(identity))
+
+
+def _machine(dtype: DTypeLike) -> dict[str, Any]:
+    return {
         "dtype": jnp.dtype(dtype).name,
         "device": jax.devices()[0].device_kind,
         "versions": {name: version(name) for name in ("svsk-jax", "jax", "jaxlib")},
     }
-    return json.loads(json.dumps(identity))
 
 
 def _calibration(calibration: CalibrationConfig | Statistics) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 import dataclasses
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,14 @@ from svsk_jax.model.source import ModelSource
 from svsk_jax.parallel.distributed import agree, barrier, is_lead
 from svsk_jax.parallel.groups import DeviceGroups
 from svsk_jax.pipeline.calibrate import calibrate
-from svsk_jax.pipeline.checks import check_weight, default_dtype, refuse_packed, refuse_polish, require_space
+from svsk_jax.pipeline.checks import (
+    check_weight,
+    default_dtype,
+    files_bytes,
+    refuse_packed,
+    refuse_polish,
+    require_space,
+)
 from svsk_jax.pipeline.identity import run_identity
 from svsk_jax.pipeline.layers import LayerTotals, named, nbytes, on_first_device, quantize_layers
 from svsk_jax.pipeline.memory import Machine, plan_calibration, plan_quantization
@@ -88,8 +95,7 @@ def quantize(
 
     Every finished layer is on the disk, beside `output` (`pipeline.run`), before the next one is begun. When
     the run ends early, in whatever way, it can be taken up with `resume`: the result is the same bytes.
-    Finished are then the text, calibration as a whole, each layer's options, and each layer; calibration that
-    was not complete and polish are done again.
+    Finished are then the text, each layer's statistics, its options, and each layer; polish is done again.
 
     Args:
         source: the unquantized model.
@@ -127,7 +133,7 @@ def quantize(
     if statistics is not None:
         statistics.check_model(source.fingerprint(), source.description)
     else:
-        has_text = Run(output).text.is_file()
+        has_text = Run(output).calibration.text.is_file()
         fits = plan_calibration(source.config, calibration, machine, max_memory, has_text=has_text)
         calibration = dataclasses.replace(calibration, batch_tokens=fits.batch_tokens)
     identity = run_identity(source, config, statistics or calibration, recipe=recipe, dtype=dtype)
@@ -138,17 +144,19 @@ def quantize(
             recover(output)
         if resume and agree(lambda: _finished(output, identity, budget) is not None):
             return _result(output, budget)
-        with _shared_run(output, identity, overwrite=overwrite, resume=resume) as run:
+        with unfinished_run(Run(output), identity, overwrite=overwrite, resume=resume) as run:
             if is_lead():
-                require_space(output, budget.total_bytes - _files_bytes(run.model.folder))
+                require_space(output, budget.total_bytes - files_bytes(run.model.folder))
             if statistics is None:
                 if not agree(lambda: run.has_statistics):
                     manifest = calibrate(
                         source,
                         run.statistics,
                         calibration,
+                        # Over other devices than an unfinished calibration, it starts over.
+                        overwrite=True,
+                        resume=True,
                         dtype=dtype,
-                        keep_text=run.text,
                         mesh=mesh,
                         max_memory=max_memory,
                         on_progress=on_progress,
@@ -230,18 +238,6 @@ def quantize(
     return dataclasses.replace(_result(output, budget), seconds=watch.seconds)
 
 
-@contextmanager
-def _shared_run(output: Path, identity: Mapping[str, Any], *, overwrite: bool, resume: bool) -> Iterator[Run]:
-    """The lead's `unfinished_run`, for every process."""
-    if not is_lead():
-        barrier()
-        yield Run(output)
-        return
-    with unfinished_run(output, identity, overwrite=overwrite, resume=resume) as run:
-        barrier()
-        yield run
-
-
 def _finished(output: Path, identity: Mapping[str, Any], budget: Budget) -> QuantizeResult | None:
     """The result of this very run, if it had finished; what its end left to remove is removed."""
     if not is_saved_model(output) or SavedModel(output).metadata.get("run") != identity:
@@ -293,11 +289,6 @@ def _polished_errors(
         errors |= named(index, found)
         writer.layer(index, layer, found)
     return errors
-
-
-def _files_bytes(folder: Path) -> int:
-    """Bytes of the files below a folder; 0 where there is none."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _only_what_is_needed(calibration: CalibrationConfig, config: QuantConfig) -> CalibrationConfig:

@@ -27,7 +27,8 @@ def walk_both_ways(config, ids, memory=1 << 30, folder=None, keep_chunks=CHUNKS,
     with BlockInputs(memory, folder) as kept:
         walk = Walk(source, source.outer(jnp.float32), ids, LENGTH, jnp.float32, mesh)
         assert [index for index, _ in walk.forwards(True, kept, keep_chunks)] == [0, 1]
-        backwards = list(walk.backwards(kept, SEED))
+        walk.start_backwards(SEED)
+        backwards = list(walk.backwards(kept, config.num_layers))
     assert [index for index, *_ in backwards] == [1, 0]
     return walk, {index: found for index, *found in backwards}
 

@@ -1,5 +1,6 @@
 """The command line on a small checkpoint: every verb, and bad input with its exit code and next step."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,7 +12,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from support import write_checkpoint
 
+from svsk_jax import pipeline
 from svsk_jax.cli import explain, main
+from svsk_jax.pipeline.autotune import Tuned
+from svsk_jax.pipeline.plan import Plan, fixed_plans
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +82,13 @@ def test_quantize_inspect_and_evaluate_agree_on_bits(checkpoint, quantized, tmp_
     assert str(result["linear_bits_per_weight"]) in rows
 
 
-def test_calibrate_then_quantize(checkpoint, quantized, tmp_path):
-    assert svsk("calibrate", "--model", checkpoint, "--output", tmp_path / "stats", *CALIB) == 0
+def test_calibrate_then_quantize(checkpoint, quantized, tmp_path, capsys):
+    calibrate = ["calibrate", "--model", checkpoint, "--output", tmp_path / "stats", *CALIB]
+    for resumed in range(2):
+        assert svsk(*calibrate, "--resume", "--json", tmp_path / f"{resumed}.json") == 0
+    assert (tmp_path / "0.json").read_bytes() == (tmp_path / "1.json").read_bytes()
+    assert svsk(*calibrate) == 2
+    assert "exists already" in capsys.readouterr().err.replace("\n", " ")
     command = ["quantize", "--model", checkpoint, "--output", tmp_path / "out", "--recipe", "classic-r8"]
     assert svsk(*command, "--calib-stats", tmp_path / "stats", "--json", tmp_path / "q.json") == 0
     assert json.loads((tmp_path / "q.json").read_text())["layer_errors"] == quantized[1]["layer_errors"]
@@ -289,7 +298,7 @@ def test_verify(checkpoint, quantized, tmp_path, capsys):
     folder, report = tmp_path / "copy", tmp_path / "v.json"
     shutil.copytree(quantized[0], folder)
     assert svsk("verify", folder, "--json", report) == 0
-    assert json.loads(report.read_text()) == {"model": str(folder), "tensors": 20, "damaged": {}}
+    assert json.loads(report.read_text()) == {"folder": str(folder), "tensors": 20, "damaged": {}}
     for data in (folder / "svsk" / "layer_00001").glob("ocdbt.process_0/d/*"):
         data.write_bytes(b"")
     capsys.readouterr()
@@ -301,6 +310,54 @@ def test_verify(checkpoint, quantized, tmp_path, capsys):
     assert "Traceback" not in said
     assert svsk("verify", checkpoint) == 2
     assert "not a model that svsk saved" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_verify_statistics(checkpoint, tmp_path, capsys):
+    folder, report = tmp_path / "stats", tmp_path / "v.json"
+    assert svsk("calibrate", "--model", checkpoint, "--output", folder, *CALIB) == 0
+    assert svsk("verify", folder, "--json", report) == 0
+    # Of each of two layers four diagonals with their counts, and the tokens.
+    assert json.loads(report.read_text()) == {"folder": str(folder), "tensors": 17, "damaged": {}}
+    data = bytearray((folder / "tokens.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "tokens.safetensors").write_bytes(data)
+    assert svsk("verify", folder) == 1
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "damaged: tokens.safetensors: ids: its SHA-256 is not the one stored with it" in said
+    quantize = ["quantize", "--model", checkpoint, "--output", tmp_path / "out", "--recipe", "classic-r8"]
+    assert svsk(*quantize, "--calib-stats", folder) == 2
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "tokens.safetensors: ids: its SHA-256" in said
+    assert "run `svsk calibrate` again" in said
+
+
+def test_autotune_calibrates_once(checkpoint, tmp_path, capsys, monkeypatch):
+    full = [*CALIB[:-1], "full", "--fisher", "off"]
+    tune = ["autotune", "--model", checkpoint, "--output", tmp_path / "t.json", "--bits", 5.5, *full]
+    calibrated = []
+
+    def interrupt(source, statistics, *arguments, **settings):
+        calibrated.append((statistics.folder / "calibration.json").read_bytes())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "autotune", interrupt)
+    for _ in range(2):
+        assert svsk(*tune) == 1
+        said = capsys.readouterr().err.replace("\n", " ")
+        assert f"what is finished is kept in {tmp_path / 't.work'}: go on with the same command" in said
+    # Wall times are in it.
+    assert calibrated[0] == calibrated[1]
+
+    def finish(source, statistics, config, work, *, recipe, **settings):
+        config = dataclasses.replace(config, bits=None)
+        plan = Plan(
+            recipe=recipe, config=config, tensors=fixed_plans(source.config, config), predicted_nats=0.1
+        )
+        return Tuned(plan=plan, default=plan, chosen={})
+
+    monkeypatch.setattr(pipeline, "autotune", finish)
+    assert svsk(*tune, "--measure", "off") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["t.json"]
 
 
 def test_an_interrupted_run_says_how_to_go_on(checkpoint, quantized, tmp_path, capsys, monkeypatch):
@@ -333,10 +390,11 @@ def test_an_interrupted_run_says_how_to_go_on(checkpoint, quantized, tmp_path, c
 @pytest.mark.parametrize(
     ("stage", "left", "words"),
     [
-        ("calibrate", [], "interrupted; no output was left behind"),
+        ("text", [], "interrupted; no output was left behind"),
+        ("calibrate", [".out.unfinished"], "interrupted; what is finished is kept in {kept}: go on with"),
         ("quantize", [".out.unfinished"], "interrupted; what is finished is kept in {kept}: go on with"),
     ],
-    ids=["before-anything-is", "after-a-layer"],
+    ids=["before-anything-is", "after-a-layer-is-measured", "after-a-layer"],
 )
 def test_an_interrupt_leaves_what_is_finished_and_nothing_else(checkpoint, tmp_path, stage, left, words):
     script = f"""
@@ -351,6 +409,9 @@ def interrupted(*arguments, on_progress, **settings):
             signal.raise_signal(signal.SIGINT)
     return quantize(*arguments, on_progress=then_interrupt, **settings)
 pipeline.quantize = interrupted
+if "{stage}" == "text":
+    from svsk_jax.calibration import chunks
+    chunks.read_texts = lambda *_: signal.raise_signal(signal.SIGINT)
 cli.main(sys.argv[1:])
 """
     command = [

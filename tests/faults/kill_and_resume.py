@@ -1,7 +1,8 @@
-"""Kill `svsk quantize` with SIGKILL at random moments and resume it until it is finished, again and again;
-every finished model must be that of a run that nothing disturbed, bit by bit.
+"""Kill `svsk quantize` and `svsk calibrate` with SIGKILL at random moments and resume them until they are
+finished, again and again; what they make must be what a run makes that nothing disturbed, bit by bit.
 
-`make faults` is 50 kills of the whole default recipe; tests/faults/test_kills.py is a few of a short one.
+`make faults` is 50 kills of the whole default recipe and 50 of a calibration by itself;
+tests/faults/test_kills.py is a few of short ones.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import contextlib
 import dataclasses
 import filecmp
 import itertools
+import json
 import os
 import random
 import shutil
@@ -20,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +33,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from support import TINY, write_checkpoint  # noqa: E402
 
-from svsk_jax.pipeline.run import Run  # noqa: E402
+from svsk_jax.calibration.store import MANIFEST  # noqa: E402
+from svsk_jax.calibration.walk_state import START, WalkState  # noqa: E402
+from svsk_jax.pipeline.run import CalibrationRun, Run  # noqa: E402
 from svsk_jax.storage import SavedModel  # noqa: E402
 
 SHORT = ("--recipe", "classic-r8", "--calib", "documentation", "--chunks", "16", "--chunk-length", "32")
@@ -38,14 +43,31 @@ WHOLE = (
     *("--recipe", "svsk-r16", "--bits", "5.5", "--polish", "2"),
     *("--calib", "documentation", "self", "--chunks", "16", "--chunk-length", "32", "--fisher-chunks", "8"),
 )
+STATISTICS = (
+    "--calib",
+    "documentation",
+    "self",
+    "--chunks",
+    "16",
+    "--chunk-length",
+    "32",
+    "--fisher-chunks",
+    "8",
+)
+Verb = Literal["quantize", "calibrate"]
+COMMANDS: tuple[tuple[Verb, tuple[str, ...], float], ...] = (
+    ("quantize", WHOLE, 1.0),
+    ("calibrate", STATISTICS, 0.2),
+)
+"""Flags of each, and mean seconds before a kill."""
 LIMIT = 600
 """Seconds after which a run hangs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Moment:
-    """When to kill: `seconds` after a run has finished `steps` more parts (text, statistics, options or a
-    layer)."""
+    """When to kill: `seconds` after a run has finished `steps` more parts (text, a layer's statistics or
+    options, or a layer)."""
 
     steps: int
     seconds: float
@@ -57,11 +79,12 @@ class Faults:
 
     work: Path
     flags: tuple[str, ...]
+    verb: Verb = "quantize"
     layers: int = 3
 
     def start(self, name: str) -> subprocess.Popen[str]:
         """The command, with its output in `work/<name>`."""
-        command = [sys.executable, "-m", "svsk_jax.cli", "quantize", "--model", str(self.work / "model")]
+        command = [sys.executable, "-m", "svsk_jax.cli", self.verb, "--model", str(self.work / "model")]
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": "",
@@ -100,9 +123,10 @@ class Faults:
             if process.returncode == 0:
                 break
             assert process.returncode == -signal.SIGKILL, message
-            found.append(_reached(self.work / name))
+            found.append(self._reached(name))
         _finish(self.start(name))
-        assert_same(self.work / "reference", self.work / name)
+        same = assert_same if self.verb == "quantize" else assert_same_statistics
+        same(self.work / "reference", self.work / name)
         assert list(self.work.glob(f".{name}.*")) == []
         shutil.rmtree(self.work / name)
         return found
@@ -113,13 +137,18 @@ class Faults:
         lock = self.work / f".{name}.lock"
         while process.poll() is None and not _says(lock, f"process {process.pid} on "):
             time.sleep(0.01)
-        steps, reached = 0, _reached(self.work / name)
+        steps, reached = 0, self._reached(name)
         while process.poll() is None and steps < moment.steps:
-            now = _reached(self.work / name)
+            now = self._reached(name)
             steps, reached = steps + (now != reached), now
             time.sleep(0.002)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(moment.seconds)
+
+    def _reached(self, name: str) -> str:
+        """The last part of a run that is finished."""
+        output = self.work / name
+        return _quantized(output) if self.verb == "quantize" else _calibrated(CalibrationRun(output))
 
 
 def random_moments(rng: random.Random, seconds: float) -> Iterator[Moment]:
@@ -140,8 +169,16 @@ def _finish(process: subprocess.Popen[str]) -> None:
     assert process.returncode == 0, message
 
 
-def _reached(output: Path) -> str:
-    """The last part of a run that is finished."""
+def _calibrated(run: CalibrationRun) -> str:
+    if run.output.exists():
+        return "end"
+    place = WalkState(run.walk).place()
+    if place != START:
+        return f"{place.kind} {place.layer}"
+    return "text" if run.text.is_file() else "nothing"
+
+
+def _quantized(output: Path) -> str:
     run = Run(output)
     try:
         options = len(list(run.options.glob("*.safetensors")))
@@ -154,7 +191,7 @@ def _reached(output: Path) -> str:
         return f"layer {layers or drafts}{' polished' if drafts and layers else ''}"
     if options:
         return f"options {options}"
-    return "statistics" if run.has_statistics else "text" if run.text.is_file() else "nothing"
+    return "statistics" if run.has_statistics else _calibrated(run.calibration)
 
 
 def assert_same(expected: Path, actual: Path) -> None:
@@ -176,26 +213,47 @@ def assert_same(expected: Path, actual: Path) -> None:
     assert filecmp.cmpfiles(expected, actual, files, shallow=False) == (files, [], [])
 
 
+def assert_same_statistics(expected: Path, actual: Path) -> None:
+    """Every file is the same, but for the wall time in the manifest."""
+    names = sorted(path.name for path in expected.iterdir())
+    assert names == sorted(path.name for path in actual.iterdir())
+    manifests = [json.loads((folder / MANIFEST).read_text()) for folder in (expected, actual)]
+    for manifest in manifests:
+        del manifest["seconds"]
+    assert manifests[0] == manifests[1]
+    names.remove(MANIFEST)
+    assert filecmp.cmpfiles(expected, actual, names, shallow=False) == (names, [], [])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--verbs", nargs="+", default=[verb for verb, *_ in COMMANDS])
     arguments = parser.parse_args()
-    rng = random.Random(arguments.seed)
+    for verb, flags, seconds in COMMANDS:
+        if verb in arguments.verbs:
+            with tempfile.TemporaryDirectory() as folder:
+                faults = Faults(work=Path(folder), flags=flags, verb=verb)
+                _kill(faults, arguments.kills, random.Random(arguments.seed), seconds)
+
+
+def _kill(faults: Faults, times: int, rng: random.Random, seconds: float) -> None:
+    """Kill a command so many times, at moments a mean of `seconds` apart; prints what it finds."""
     kills: collections.Counter[str] = collections.Counter()
-    with tempfile.TemporaryDirectory() as folder:
-        faults = Faults(work=Path(folder), flags=WHOLE)
-        faults.undisturbed()
-        runs = 0
-        while kills.total() < arguments.kills:
-            left = arguments.kills - kills.total()
-            found = faults.disturb(f"run-{runs}", itertools.islice(random_moments(rng, 1.0), left))
-            runs += 1
-            kills.update(found)
-            print(f"run {runs}: killed after {', '.join(found) or 'its end'}; the same bytes", flush=True)
-    print(f"{kills.total()} kills in {runs} runs, and every model the same bytes as undisturbed")
+    faults.undisturbed()
+    runs = 0
+    while kills.total() < times:
+        moments = itertools.islice(random_moments(rng, seconds), times - kills.total())
+        found = faults.disturb(f"run-{runs}", moments)
+        runs += 1
+        kills.update(found)
+        print(f"run {runs}: killed after {', '.join(found) or 'its end'}; the same bytes", flush=True)
+    print(
+        f"{faults.verb}: {kills.total()} kills in {runs} runs, and every result the same bytes as undisturbed"
+    )
     print("killed after: " + ", ".join(f"{name} {count} ×" for name, count in kills.most_common()))
 
 

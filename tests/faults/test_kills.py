@@ -1,9 +1,9 @@
-"""A few kills of a short run; `make faults` makes 50 of a whole one."""
+"""A few kills of short runs; `make faults` makes 50 of whole ones."""
 
 import itertools
 import random
 
-from kill_and_resume import SHORT, Faults, random_moments
+from kill_and_resume import SHORT, Faults, Moment, random_moments
 
 
 def test_killed_runs_end_in_the_same_bytes(tmp_path):
@@ -11,3 +11,11 @@ def test_killed_runs_end_in_the_same_bytes(tmp_path):
     faults.undisturbed()
     found = faults.disturb("run", itertools.islice(random_moments(random.Random(4), 0.05), 2))
     assert found
+
+
+def test_a_killed_calibration_ends_in_the_same_bytes(tmp_path):
+    faults = Faults(work=tmp_path, flags=SHORT[2:], verb="calibrate")
+    faults.undisturbed()
+    # After the text and the first layer.
+    found = faults.disturb("run", iter([Moment(steps=2, seconds=0.0)]))
+    assert found[0] != "text"

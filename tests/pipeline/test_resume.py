@@ -132,8 +132,7 @@ def test_every_stage_of_the_whole_recipe(done, tmp_path):
         kept.append(any(note.startswith(KEPT) for note in getattr(error, "__notes__", [])))
         assert kept[-1] == run_folder(out).exists()
         assert not out.exists()
-    # Calibration counts as a whole.
-    assert kept == [False, False, True, True, True]
+    assert kept == [True] * len(STAGES)
     assert done == ["layer", "polish"]
     done.clear()
     result = run(out, STRONG, source=source, resume=True)
