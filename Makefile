@@ -10,6 +10,7 @@ TORCH ?= torch==2.13.0
 PYTEST_WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
 # The kernels' compiler for GPUs that are not here, apart from everything else. It wants these two variables.
+# Nearly all its tests are one file, share nothing and so are dealt out one by one.
 GATE := .venv-gate
 GATE_WHEELS := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
 GATE_RUN = JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 PYTHONPATH="$$($(RUN)/python -c \
@@ -63,7 +64,7 @@ $(GATE)/.installed: $(VENV)/.dev
 		|| echo "NO GATE: THE COMPILER FOR GPUS COULD NOT BE INSTALLED, NO KERNEL'S MACHINE CODE IS CHECKED"
 
 gate: $(GATE)/.installed
-	if [ -e $(GATE)/.installed ]; then $(GATE_RUN) -m pytest $(PYTEST_WORKERS) tests/gate; fi
+	if [ -e $(GATE)/.installed ]; then $(GATE_RUN) -m pytest -n 2 --dist worksteal tests/gate; fi
 
 wheel: $(VENV)/.dev
 	rm -rf dist build/wheel
