@@ -10,16 +10,35 @@ TORCH ?= torch==2.13.0
 PYTEST_WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
 # The kernels' compiler for GPUs that are not here, apart from everything else. It wants these two variables.
+# Nearly all its tests are one file, share nothing and so are dealt out one by one.
 GATE := .venv-gate
 GATE_WHEELS := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
 GATE_RUN = JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 PYTHONPATH="$$($(RUN)/python -c \
 	'import sysconfig; print(sysconfig.get_path("purelib"))')" $(GATE)/bin/python
 
-.PHONY: help demo test fuzz faults lint gate wheel clean
+# The tests again on a newer Python and jax: what meets jax, and each stage of the pipeline once. The rest is
+# logic that the first Python has proven: refusals, plans, tables, damaged files, texts, several processes.
+NEWER_PYTHON ?= python3.12
+NEWER_JAX := 0.11.2
+NEWER := .venv-3.12
+NEWER_TESTS := tests/quant tests/model/test_fused_step.py tests/model/test_experts.py tests/model/test_golden.py \
+	$(addprefix tests/pallas_kernels/,test_layout.py test_round_columns.py test_transposed.py test_triton_int8.py) \
+	$(addprefix tests/pallas_kernels/test_triton.py::test_,several_weights_in_one_launch a_layer_of_a_stack \
+		vmap_and_leading_axes shard_map_over_rows_of_x many_rows_restore_a_layer_of_a_stack) \
+	$(addprefix tests/parallel/test_decoder.py::test_,dense the_fused_step packed_parts_hold_what_the_whole_does) \
+	tests/storage/test_checkpoint.py tests/runtime/test_generate.py tests/test_xla_flags.py \
+	tests/calibration/test_statistics.py tests/calibration/test_expert_statistics.py \
+	tests/calibration/test_text.py::test_the_model_writes_the_same_text_for_the_same_seed \
+	tests/pipeline/test_polish.py::test_steps_that_do_harm_are_not_kept \
+	$(addprefix tests/cli/test_cli.py::test_,quantize_inspect_and_evaluate_agree_on_bits convert_is_lossless)
+
+.PHONY: help demo test test-newer test-newer-whole fuzz faults lint gate wheel clean
 
 help:
 	@echo "make demo   quantize SmolLM2-135M, measure it, ask it something"
 	@echo "make test   run the tests"
+	@echo "make test-newer        the tests that meet jax, on Python 3.12 with jax $(NEWER_JAX)"
+	@echo "make test-newer-whole  all tests there"
 	@echo "make fuzz   read damaged files, 1,000 of each kind; SVSK_FUZZ=N for N"
 	@echo "make faults kill quantization and calibration 50 times each at random moments, resume, compare the bytes"
 	@echo "make lint   ruff and pyright"
@@ -45,6 +64,18 @@ demo: $(VENV)/.installed
 test: $(VENV)/.dev
 	$(RUN)/python -m pytest $(PYTEST_WORKERS)
 
+$(NEWER)/.installed: pyproject.toml
+	$(NEWER_PYTHON) -m venv $(NEWER)
+	$(NEWER)/bin/python -m pip install --quiet --upgrade pip
+	$(NEWER)/bin/python -m pip install --quiet --editable '.[dev]' 'jax==$(NEWER_JAX)' 'jaxlib==$(NEWER_JAX)'
+	touch $@
+
+test-newer: $(NEWER)/.installed
+	$(NEWER)/bin/python -m pytest $(PYTEST_WORKERS) $(NEWER_TESTS)
+
+test-newer-whole: $(NEWER)/.installed
+	$(NEWER)/bin/python -m pytest $(PYTEST_WORKERS)
+
 fuzz: $(VENV)/.dev
 	SVSK_FUZZ=$${SVSK_FUZZ:-1000} $(RUN)/python -m pytest $(PYTEST_WORKERS) tests/fuzz
 
@@ -63,7 +94,7 @@ $(GATE)/.installed: $(VENV)/.dev
 		|| echo "NO GATE: THE COMPILER FOR GPUS COULD NOT BE INSTALLED, NO KERNEL'S MACHINE CODE IS CHECKED"
 
 gate: $(GATE)/.installed
-	if [ -e $(GATE)/.installed ]; then $(GATE_RUN) -m pytest $(PYTEST_WORKERS) tests/gate; fi
+	if [ -e $(GATE)/.installed ]; then $(GATE_RUN) -m pytest -n 2 --dist worksteal tests/gate; fi
 
 wheel: $(VENV)/.dev
 	rm -rf dist build/wheel
