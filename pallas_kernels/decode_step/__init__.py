@@ -4,7 +4,7 @@ reads."""
 from pallas_kernels.decode_step.attention import MOST_QUERIES, attend
 from pallas_kernels.decode_step.gated import finish_gated
 from pallas_kernels.decode_step.heads import HEAD_DIMS, finish_heads
-from pallas_kernels.decode_step.product import Product, product, spread_group
+from pallas_kernels.decode_step.product import Product, product
 from pallas_kernels.decode_step.residual import Residual, finish_residual
 
 __all__ = [
@@ -17,5 +17,4 @@ __all__ = [
     "finish_heads",
     "finish_residual",
     "product",
-    "spread_group",
 ]

@@ -75,7 +75,7 @@ def _attend(ref: Refs, program: jax.Array, item: jax.Array, *, splits: int, wind
         plgpu.store(ref[name].at[item, head * per_key + one, split], value, mask=one < per_key)
 
 
-def _join(ref: Refs, superblock: jax.Array, item: jax.Array, *, group: int | None) -> None:
+def _join(ref: Refs, superblock: jax.Array, item: jax.Array) -> None:
     _, heads, splits, dim = ref["sums"].shape
     first = starts(superblock * WIDTH, PLANES, PLANE)
     head, inside = lax.div(first, jnp.int32(dim)), first < heads * dim
@@ -92,10 +92,10 @@ def _join(ref: Refs, superblock: jax.Array, item: jax.Array, *, group: int | Non
     mask = jnp.broadcast_to(inside[:, :, None], shape)
     total = jnp.sum(plgpu.load(ref["sums"].at[index], mask=mask, other=0.0) * factor[:, :, None], axis=1)
     total = jnp.where(plane_columns(superblock) < heads * dim, total, 0.0)
-    store_superblock(ref["values"], ref["unit"], item, superblock, total, group)
+    store_superblock(ref["values"], ref["unit"], item, superblock, total)
 
 
-@partial(jax.jit, static_argnames=("window", "group", "interpret"))
+@partial(jax.jit, static_argnames=("window", "interpret"))
 def attend(
     queries: Float[Array, "m heads dim"],
     keys: Float[Array, "m capacity keys dim"],
@@ -103,7 +103,6 @@ def attend(
     lengths: Int[Array, "m"],
     *,
     window: int | None,
-    group: int | None,
     interpret: bool = False,
 ) -> Prepared:
     """softmax(q kᵀ / √dim) v over the cache, as the next product reads it; f32 sums.
@@ -113,7 +112,6 @@ def attend(
         keys, values: the cache, filled up to and with that position.
         lengths: int32, positions before it.
         window: positions that are seen, itself included, or None for all.
-        group: that a single row is spread for, or None.
         interpret: run in interpret mode.
 
     Raises:
@@ -145,10 +143,10 @@ def attend(
     )
     superblocks = ceil_div(heads * dim, WIDTH)
     small, unit = launch(
-        partial(_join, group=group),
+        _join,
         JOIN,
         dict(zip(parts, found, strict=True)),
-        abstract_prepared(m, superblocks, spread=group is not None)._asdict(),
+        abstract_prepared(m, superblocks)._asdict(),
         programs=superblocks,
         rows=m,
         warps=8,

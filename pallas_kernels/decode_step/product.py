@@ -40,11 +40,6 @@ class Product:
         return {name: value for name, value in found.items() if value is not None}
 
 
-def spread_group(weight: TritonWeight, m: int) -> int | None:
-    """The group that a `Prepared` of m rows of x is spread for, None for several rows."""
-    return weight.group if m == 1 else None
-
-
 @partial(jax.jit, static_argnames="interpret")
 def product(
     x: Prepared, weight: TritonWeight, bias: jax.Array | None = None, *, interpret: bool = False
@@ -52,7 +47,7 @@ def product(
     """x Ŵᵀ + bias, unfinished. m is 1, or a multiple of what `batch_of` says of it.
 
     Args:
-        x: m rows of K columns; a single one spread for the weight's groups.
+        x: m rows of K columns.
         weight: laid out for the kernels.
         bias: [n] for the weight's rows without padding, or None.
         interpret: run in interpret mode.
