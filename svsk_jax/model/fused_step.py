@@ -13,7 +13,6 @@ from pallas_kernels.decode_step import (
     Product,
     attend,
     finish_gated,
-    finish_heads,
     finish_residual,
     product,
 )
@@ -97,7 +96,7 @@ def fused_step(
             interpret=interpret,
         )
         qkv = product(stream.scaled, layer.qkv, layer.qkv_bias, interpret=interpret)
-        queries, layer_keys, layer_values = finish_heads(
+        mixed, layer_keys, layer_values = attend(
             qkv,
             stream.squares,
             layer.head_norms,
@@ -105,16 +104,8 @@ def fused_step(
             lengths,
             layer_keys,
             layer_values,
-            dtype=model.dtype,
-            **norm,
-        )
-        mixed = attend(
-            queries,
-            layer_keys,
-            layer_values,
-            lengths,
             window=config.sliding_window,
-            interpret=interpret,
+            **norm,
         )
         o = _summed(product(mixed, layer.o, layer.o_bias, interpret=interpret), model.axis)
         stream = finish_residual(
