@@ -1,5 +1,5 @@
-"""The Triton kernels of attention, from the query, key and value product on: positions of the cache are split
-over programs, then joined."""
+"""The Triton kernel of attention, from the query, key and value product on: positions of the cache are split
+over programs, and the last of them to come joins what they found."""
 
 from functools import partial
 
@@ -18,7 +18,7 @@ from pallas_kernels.svsk_matmul.triton_layout import PLANE
 from pallas_kernels.svsk_matmul.triton_operands import Refs, abstract
 from pallas_kernels.svsk_matmul.triton_prepare import PLANES, Prepared, abstract_prepared, store_superblock
 
-ATTEND, JOIN = "svsk_attend", "svsk_join"
+NAME = "svsk_attend"
 POSITIONS = 64
 """Positions that a program takes at a time."""
 WARPS = 4
@@ -37,6 +37,16 @@ def splits_of(capacity: int, programs: int) -> int:
     return max(1, min(most, 1 << max(0, (PROGRAMS // programs).bit_length() - 1)))
 
 
+def keys_together(heads: Heads) -> int:
+    """Key heads whose queries are joined by one program, since they share superblocks of the next product."""
+    return next(
+        count
+        for count in range(1, heads.keys + 1)
+        if heads.keys % count == 0
+        and (count == heads.keys or count * heads.queries_per_key * heads.dim % WIDTH == 0)
+    )
+
+
 def _attend(
     ref: Refs,
     program: jax.Array,
@@ -48,6 +58,7 @@ def _attend(
     heads: Heads,
     columns: int,
     eps: float,
+    interpret: bool,
 ) -> None:
     head, split = lax.div(program, jnp.int32(splits)), lax.rem(program, jnp.int32(splits))
     capacity, half, per_key = ref["keys"].shape[1], heads.dim // 2, heads.queries_per_key
@@ -134,8 +145,27 @@ def _attend(
     for name, each in (("most", most), ("weight", weight)):
         plgpu.store(ref[name].at[item, head * per_key + one, split], each, mask=one < per_key)
 
+    # Stores of all threads come before the count, which releases them to the program that comes last and
+    # acquires what it joins.
+    if not interpret:
+        plgpu.debug_barrier()
+    together = keys_together(heads)
+    group = lax.div(head, jnp.int32(together))
+    before = plgpu.atomic_add(ref["arrivals"], (item, group), jnp.int32(1))
 
-def _join(ref: Refs, superblock: jax.Array, item: jax.Array) -> None:
+    @pl.when(before == together * splits - 1)
+    def _():
+        count = ceil_div(together * per_key * heads.dim, WIDTH)
+        for start in range(0, count, 2):
+            superblocks = [group * count + each for each in range(start, min(start + 2, count))]
+            joined = [_joined(ref, superblock, item) for superblock in superblocks]
+            for superblock, total in zip(superblocks, joined, strict=True):
+                store_superblock(ref["small"], ref["unit"], item, superblock, total)
+        plgpu.store(ref["arrivals"].at[item, group], jnp.int32(0))
+
+
+def _joined(ref: Refs, superblock: jax.Array, item: jax.Array) -> jax.Array:
+    """Of all splits, f32 [4, 64]."""
     _, heads, splits, dim = ref["sums"].shape
     first = starts(superblock * WIDTH, PLANES, PLANE)
     head, inside = lax.div(first, jnp.int32(dim)), first < heads * dim
@@ -151,8 +181,7 @@ def _join(ref: Refs, superblock: jax.Array, item: jax.Array) -> None:
     index = (item, jnp.broadcast_to(head[:, :, None], shape), lax.broadcasted_iota(jnp.int32, shape, 1), lane)
     mask = jnp.broadcast_to(inside[:, :, None], shape)
     total = jnp.sum(plgpu.load(ref["sums"].at[index], mask=mask, other=0.0) * factor[:, :, None], axis=1)
-    total = jnp.where(plane_columns(superblock) < heads * dim, total, 0.0)
-    store_superblock(ref["values"], ref["unit"], item, superblock, total)
+    return jnp.where(plane_columns(superblock) < heads * dim, total, 0.0)
 
 
 @partial(jax.jit, static_argnames=("columns", "eps", "window", "interpret"))
@@ -164,14 +193,16 @@ def attend(
     lengths: Int[Array, "m"],
     keys: Float[Array, "m capacity keys dim"],
     values: Float[Array, "m capacity keys dim"],
+    arrivals: Int[Array, "m keys"],
     *,
     columns: int,
     eps: float,
     window: int | None,
     interpret: bool = False,
-) -> tuple[Prepared, jax.Array, jax.Array]:
-    """softmax(q kᵀ / √dim) v over the cache and the new position, as the next product reads it, and the cache
-    with that position; queries and keys are normed and rotated. Sums are f32, queries of the cache's dtype.
+) -> tuple[Prepared, jax.Array, jax.Array, jax.Array]:
+    """softmax(q kᵀ / √dim) v over the cache and the new position, as the next product reads it, the cache
+    with that position, and `arrivals`; queries and keys are normed and rotated. Sums are f32, queries of the
+    cache's dtype.
 
     Args:
         product: of q, k and v, one above the other, with `Residual.scaled`.
@@ -180,6 +211,7 @@ def attend(
         turns: cosines and sines of the new positions' angles, f32.
         lengths: int32, filled positions of the cache; the new one is written behind them.
         keys, values: the cache, which is written in place.
+        arrivals: int32 zeros, in which programs count themselves; zeros again afterwards, in place.
         columns: d, of the residual stream.
         eps: of the RMSNorms.
         window: positions that are seen, the new one included, or None for all.
@@ -199,14 +231,23 @@ def attend(
     operands |= product.operands
     if norms is not None:
         operands |= {"query_norm": norms[0], "key_norm": norms[1]}
-    operands |= {"keys": keys, "values": values}
+    operands |= {"keys": keys, "values": values, "counts": arrivals}
     per_split = jax.ShapeDtypeStruct((m, heads.queries, splits), jnp.float32)
+    prepared = abstract_prepared(m, ceil_div(heads.queries * dim, WIDTH))
     parts = {
         "sums": jax.ShapeDtypeStruct((m, heads.queries, splits, dim), jnp.float32),
         "most": per_split,
         "weight": per_split,
     }
-    *found, keys, values = launch(
+    results = {
+        **parts,
+        "new_keys": jax.ShapeDtypeStruct(keys.shape, keys.dtype),
+        "new_values": jax.ShapeDtypeStruct(values.shape, values.dtype),
+        "arrivals": jax.ShapeDtypeStruct(arrivals.shape, arrivals.dtype),
+        "small": prepared.values,
+        "unit": prepared.unit,
+    }
+    *_, keys, values, arrivals, small, unit = launch(
         partial(
             _attend,
             splits=splits,
@@ -215,30 +256,16 @@ def attend(
             heads=heads,
             columns=columns,
             eps=eps,
+            interpret=interpret,
         ),
-        ATTEND,
+        NAME,
         operands,
-        parts
-        | {
-            "new_keys": jax.ShapeDtypeStruct(keys.shape, keys.dtype),
-            "new_values": jax.ShapeDtypeStruct(values.shape, values.dtype),
-        },
+        results,
         programs=num_keys * splits,
         rows=m,
         warps=WARPS,
         stages=2,
-        in_place={"keys": "new_keys", "values": "new_values"},
+        in_place={"keys": "new_keys", "values": "new_values", "counts": "arrivals"},
         interpret=interpret,
     )
-    superblocks = ceil_div(heads.queries * dim, WIDTH)
-    small, unit = launch(
-        _join,
-        JOIN,
-        dict(zip(parts, found, strict=True)),
-        abstract_prepared(m, superblocks)._asdict(),
-        programs=superblocks,
-        rows=m,
-        warps=8,
-        interpret=interpret,
-    )
-    return Prepared(small, unit), keys, values
+    return Prepared(small, unit), keys, values, arrivals

@@ -87,6 +87,7 @@ def fused_step(
     head = _head(model)
     x = model.embedding(tokens, model.dtype)
     pending = None
+    arrivals = jnp.zeros((m, config.num_kv_heads), jnp.int32)
     new_keys, new_values = [], []
     for layer, layer_keys, layer_values in zip(layers, keys, values, strict=True):
         stream = finish_residual(
@@ -96,7 +97,7 @@ def fused_step(
             interpret=interpret,
         )
         qkv = product(stream.scaled, layer.qkv, layer.qkv_bias, interpret=interpret)
-        mixed, layer_keys, layer_values = attend(
+        mixed, layer_keys, layer_values, arrivals = attend(
             qkv,
             stream.squares,
             layer.head_norms,
@@ -104,6 +105,7 @@ def fused_step(
             lengths,
             layer_keys,
             layer_values,
+            arrivals,
             window=config.sliding_window,
             **norm,
         )
