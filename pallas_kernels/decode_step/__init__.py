@@ -3,8 +3,8 @@ reads."""
 
 from pallas_kernels.decode_step.attention import MOST_QUERIES, attend
 from pallas_kernels.decode_step.gated import finish_gated
-from pallas_kernels.decode_step.heads import HEAD_DIMS, finish_heads
-from pallas_kernels.decode_step.product import Product, product, spread_group
+from pallas_kernels.decode_step.heads import HEAD_DIMS
+from pallas_kernels.decode_step.product import Product, product
 from pallas_kernels.decode_step.residual import Residual, finish_residual
 
 __all__ = [
@@ -14,8 +14,6 @@ __all__ = [
     "Residual",
     "attend",
     "finish_gated",
-    "finish_heads",
     "finish_residual",
     "product",
-    "spread_group",
 ]

@@ -33,7 +33,6 @@ def _work(
     product: Product,
     columns: int,
     eps: float,
-    group: int | None,
 ) -> None:
     width = product.weight.rows[0]
     column = plane_columns(superblock)
@@ -48,17 +47,16 @@ def _work(
     gate, up = jnp.sum(jnp.where(is_up, 0.0, both), axis=0), jnp.sum(jnp.where(is_up, both, 0.0), axis=0)
     gate, up = biased(ref, gate, column, inside), biased(ref, up, width + column, inside)
     hidden = jnp.where(inside, gate * up / (1 + jnp.exp(-gate)), 0.0)
-    store_superblock(ref["values"], ref["unit"], item, superblock, hidden, group)
+    store_superblock(ref["values"], ref["unit"], item, superblock, hidden)
 
 
-@partial(jax.jit, static_argnames=("columns", "eps", "group", "interpret"))
+@partial(jax.jit, static_argnames=("columns", "eps", "interpret"))
 def finish_gated(
     product: Product,
     squares: jax.Array,
     *,
     columns: int,
     eps: float,
-    group: int | None,
     interpret: bool = False,
 ) -> Prepared:
     """silu(gate) ⊙ up, as the next product reads it.
@@ -68,15 +66,14 @@ def finish_gated(
         squares: `Residual.squares`.
         columns: d, of the residual stream.
         eps: of the RMSNorm.
-        group: that a single row is spread for, or None.
         interpret: run in interpret mode.
     """
     m = squares.shape[0]
     superblocks = ceil_div(product.weight.rows[0], WIDTH)
     operands = {"squares": squares, **product.operands}
-    shapes = abstract_prepared(m, superblocks, spread=group is not None)._asdict()
+    shapes = abstract_prepared(m, superblocks)._asdict()
     values, unit = launch(
-        partial(_work, product=abstract(product), columns=columns, eps=eps, group=group),
+        partial(_work, product=abstract(product), columns=columns, eps=eps),
         NAME,
         operands,
         shapes,

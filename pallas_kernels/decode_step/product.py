@@ -18,6 +18,8 @@ from pallas_kernels.svsk_matmul.types import Leaf
 
 RANKS = 16
 """Sidecar rows taken at a time."""
+AT_ONCE = 4
+"""Blocks of rows up to which a program adds ranks up at once."""
 WIDTH = PLANES * PLANE
 """Columns that a program finishes: a superblock of the next product's x."""
 
@@ -40,11 +42,6 @@ class Product:
         return {name: value for name, value in found.items() if value is not None}
 
 
-def spread_group(weight: TritonWeight, m: int) -> int | None:
-    """The group that a `Prepared` of m rows of x is spread for, None for several rows."""
-    return weight.group if m == 1 else None
-
-
 @partial(jax.jit, static_argnames="interpret")
 def product(
     x: Prepared, weight: TritonWeight, bias: jax.Array | None = None, *, interpret: bool = False
@@ -52,7 +49,7 @@ def product(
     """x Ŵᵀ + bias, unfinished. m is 1, or a multiple of what `batch_of` says of it.
 
     Args:
-        x: m rows of K columns; a single one spread for the weight's groups.
+        x: m rows of K columns.
         weight: laid out for the kernels.
         bias: [n] for the weight's rows without padding, or None.
         interpret: run in interpret mode.
@@ -105,34 +102,55 @@ def finished(ref: Refs, product: Product, item: jax.Array, start: jax.Array, wid
     alive = start < padded_rows
     row = start + lax.broadcasted_iota(jnp.int32, (height, width), 1)
 
-    def summed(row: jax.Array, mask: jax.Array) -> jax.Array:
-        values = [
+    def loaded(row: jax.Array, mask: jax.Array) -> list[jax.Array]:
+        return [
             plgpu.load(ref["parts"].at[jnp.int32(part), item, row], mask=mask, other=0.0)
             for part in range(parts)
         ]
+
+    def summed(row: jax.Array, mask: jax.Array) -> jax.Array:
+        values = loaded(row, mask)
         return sum(values[1:], values[0])
 
     y = summed(row, jnp.broadcast_to(alive, row.shape))
     if "u" not in ref:
         return y
-    unit, below = lax.div(start, jnp.int32(ROW_UNIT)), lax.rem(start, jnp.int32(ROW_UNIT))
+    unit = lax.div(start, jnp.int32(ROW_UNIT))
+    # Known to be zero, it lets U be loaded 16 bytes at a time.
+    below = jnp.zeros_like(start) if width == ROW_UNIT else lax.rem(start, jnp.int32(ROW_UNIT))
     first, count, begin = (
         plgpu.load(ref["ranges"].at[unit, jnp.int32(i)], mask=alive, other=0) for i in range(3)
     )
-    shape = (height, width, RANKS)
-    u_row = below[:, :, None] + lax.broadcasted_iota(jnp.int32, shape, 1)
-    u_rank = lax.broadcasted_iota(jnp.int32, shape, 2)
-    rank = lax.broadcasted_iota(jnp.int32, (height, RANKS), 1)
 
-    def some(i, y):
-        here = i * RANKS
-        mask = here + u_rank < count[:, :, None]
-        u = plgpu.load(ref["u"].at[begin[:, :, None] + here + u_rank, u_row], mask=mask, other=0)
-        inside = here + rank < count
-        scale = plgpu.load(ref["v_scale"].at[first + here + rank], mask=inside, other=0.0)
-        t = summed(padded_rows + first + here + rank, inside) * scale
+    def some_at_once(i, y):
+        here = i * RANKS + lax.broadcasted_iota(jnp.int32, (height, RANKS), 1)
+        alive = here < count
+        scale = plgpu.load(ref["v_scale"].at[first + here], mask=alive, other=0.0)
+        t = summed(padded_rows + first + here, alive) * scale
+        shape = (height, width, RANKS)
+        u_row = below[:, :, None] + lax.broadcasted_iota(jnp.int32, shape, 1)
+        rank = i * RANKS + lax.broadcasted_iota(jnp.int32, shape, 2)
+        mask = rank < count[:, :, None]
+        u = plgpu.load(ref["u"].at[begin[:, :, None] + rank, u_row], mask=mask, other=0)
         return y + jnp.sum(t[:, None, :] * u.astype(jnp.float32), axis=2)
 
+    def some_by_rank(i, y):
+        u_row = below + lax.broadcasted_iota(jnp.int32, (height, width), 1)
+        factors = []
+        for each in range(RANKS):
+            here = i * RANKS + each
+            alive = here < count
+            index = jnp.broadcast_to(begin + here, u_row.shape), u_row
+            u = plgpu.load(ref["u"].at[index], mask=jnp.broadcast_to(alive, u_row.shape), other=0)
+            scale = plgpu.load(ref["v_scale"].at[first + here], mask=alive, other=0.0)
+            factors.append((u, scale, loaded(padded_rows + first + here, alive)))
+        # All loads come before the first sum.
+        for u, scale, values in factors:
+            y += sum(values[1:], values[0]) * scale * u.astype(jnp.float32)
+        return y
+
+    # The sum at once goes through shuffles, more than it saves in loads of V x for each row.
+    some = some_at_once if height <= AT_ONCE else some_by_rank
     return lax.fori_loop(0, lax.div(jnp.max(count) + (RANKS - 1), jnp.int32(RANKS)), some, y)
 
 

@@ -40,9 +40,7 @@ class Residual(NamedTuple):
     what is made of it: W (x · scale) / rms = W norm(x)."""
 
 
-def _work(
-    ref: Refs, superblock: jax.Array, row: jax.Array, *, product: Product | None, group: int | None
-) -> None:
+def _work(ref: Refs, superblock: jax.Array, row: jax.Array, *, product: Product | None) -> None:
     tokens, columns = ref["x"].shape
     # Rows that only fill up the next product's batch are zero.
     item = jnp.minimum(row, tokens - 1)
@@ -54,7 +52,7 @@ def _work(
         x = jnp.where(inside, x + biased(ref, y, column, inside), 0.0)
     scale = plgpu.load(ref["scale"].at[column], mask=inside, other=0).astype(jnp.float32)
     scaled = jnp.where(row < tokens, x * scale, 0.0)
-    store_superblock(ref["values"], ref["unit"], row, superblock, scaled, group)
+    store_superblock(ref["values"], ref["unit"], row, superblock, scaled)
 
     @pl.when(row < tokens)
     def _():
@@ -62,13 +60,12 @@ def _work(
         plgpu.store(ref["squares"].at[item, superblock], jnp.sum(x * x))
 
 
-@partial(jax.jit, static_argnames=("group", "rows", "interpret"))
+@partial(jax.jit, static_argnames=("rows", "interpret"))
 def finish_residual(
     x: Float[Array, "m d"],
     product: Product | None,
     scale: Float[Array, "d"],
     *,
-    group: int | None,
     rows: int | None = None,
     interpret: bool = False,
 ) -> Residual:
@@ -78,7 +75,6 @@ def finish_residual(
         x: f32, or embeddings of any float dtype.
         product: y, or None for zero.
         scale: of the RMSNorm.
-        group: that a single row is spread for (`spread_group`), or None.
         rows: of `Residual.scaled`; default m. More are filled with zeros.
         interpret: run in interpret mode.
     """
@@ -89,10 +85,10 @@ def finish_residual(
     shapes = {
         "out": jax.ShapeDtypeStruct((m, d), jnp.float32),
         "squares": jax.ShapeDtypeStruct((m, superblocks), jnp.float32),
-        **abstract_prepared(rows, superblocks, spread=group is not None)._asdict(),
+        **abstract_prepared(rows, superblocks)._asdict(),
     }
     out, squares, values, unit = launch(
-        partial(_work, product=None if product is None else abstract(product), group=group),
+        partial(_work, product=None if product is None else abstract(product)),
         NAME,
         operands,
         shapes,

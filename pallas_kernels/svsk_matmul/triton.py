@@ -74,8 +74,7 @@ def matmul(
     else:
         chosen = configuration(weight, m) if blocks is None else blocks
         chosen.check(weight, chosen.batch * ceil_div(m, chosen.batch))
-        group = weight.group if chosen.batch == 1 else None
-        prepared = triton_prepare.prepare(flat, batch=chosen.batch, spread_group=group, interpret=interpret)
+        prepared = triton_prepare.prepare(flat, batch=chosen.batch, interpret=interpret)
         kernel = triton_decode if chosen.batch == 1 else triton_rows
         products = kernel.partial_products(prepared, weight, chosen, layer=layer, interpret=interpret)
         y = triton_epilogue.finish(products, weight, x.dtype, layer=layer, interpret=interpret)[:m]

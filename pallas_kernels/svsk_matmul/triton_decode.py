@@ -1,9 +1,9 @@
 """The Triton kernel for one row of x, y = x Ŵᵀ with M = 1.
 
-`triton_prepare` spreads x over eight columns, each of which holds the x of one scale group in eight and zeros
-elsewhere, so that one tensor-core product of the bare levels keeps the groups apart and scales are applied to
-128 or 256 columns at once. The rows of the sidecars' V are further row blocks of the same launch. K is split
-over the grid; `triton_epilogue` sums the parts and applies the sidecars' U.
+x is spread over the eight columns of a tensor-core product, each of which holds the x of one scale group in
+eight and zeros elsewhere, so that one product of the bare levels keeps groups apart and scales are applied to
+128 or 256 columns at once. The rows of the sidecars' V are further row blocks of the launch. K is split over
+the grid; `triton_epilogue` sums the parts and applies the sidecars' U.
 """
 
 from functools import partial
@@ -30,12 +30,14 @@ from pallas_kernels.svsk_matmul.triton_planes import (
     code_plane,
     companded_plane,
     fma_f32,
-    small_to_f32,
+    small_to_f16,
 )
-from pallas_kernels.svsk_matmul.triton_prepare import SPREAD, Prepared
+from pallas_kernels.svsk_matmul.triton_prepare import Prepared
 from pallas_kernels.svsk_matmul.tuning import Blocks
 
 NAME = "svsk_decode"
+SPREAD = 8
+"""Columns of a tensor-core product, at least."""
 
 
 def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, rows: int, superblocks: int, asm: bool):
@@ -44,9 +46,15 @@ def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, rows: int, supe
     block, part = pl.program_id(0), pl.program_id(1)
     blocks = weight.padded_rows // rows
     first = part * superblocks
+    last = first + superblocks - 1
 
     def x_plane(i, plane):
-        return plgpu.load(ref["x"].at[:, pl.ds((first + i) * SUPERBLOCK + plane * PLANE, PLANE)]).T
+        # Eight columns, each with the x of its scale group and zeros, which are not read.
+        column, lane = (lax.broadcasted_iota(jnp.int32, (SPREAD, PLANE), axis) for axis in range(2))
+        place = 2 * lax.div(lane, jnp.int32(weight.group)) + plane % 2
+        place += 0 if weight.group == 16 else (plane // 2) * 4
+        index = (first + i) * SUPERBLOCK + plane * PLANE + lane
+        return plgpu.load(ref["x"].at[jnp.int32(0), index], mask=place == column, other=0).T
 
     def unit_at(i):
         return plgpu.load(ref["unit"].at[jnp.int32(0), pl.ds(first + i, 1)])
@@ -54,14 +62,31 @@ def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, rows: int, supe
     def base():
         row = pl.ds(block * rows, rows)
         constant = block * rows // ROW_UNIT
-        codebook, factor = load_codebook(ref, at, constant, (rows, PLANE))
+        codebook, to_levels = load_codebook(ref, at, constant, (rows, PLANE))
 
-        def superblock(i, total):
+        halves = ((0, 1), (2, 3)) if weight.group == 16 else ((0, 1, 2, 3),)
+
+        # Sixteen scales, the least that a product takes; of eight, each twice.
+        wide = (rows, 16)
+        places = lax.broadcasted_iota(jnp.int32, wide, 1) % (SPREAD * len(halves))
+        scale_row = block * rows + lax.broadcasted_iota(jnp.int32, wide, 0)
+        scale_index = (row, pl.ds(0, 16)) if weight.group == 16 else (scale_row, places)
+
+        def super_at(b):
+            unit = plgpu.load(ref["unit"].at[jnp.int32(0), pl.ds(b, 1)])
+            if weight.super_scales is None:
+                return unit, unit
+            return unit, plgpu.load(ref["super_scales"].at[(*at, b, row)])
+
+        def superblock(i, carry):
+            total, (unit, supers) = carry
             b = first + i
+            # A superblock ahead, so that their way from memory is spent on products.
+            ahead = super_at(jnp.minimum(b + 1, last))
             words = plgpu.load(ref["words"].at[(*at, row, pl.ds(b * PLANE, PLANE))])
-            if weight.super_scales is not None:
-                supers = plgpu.load(ref["super_scales"].at[(*at, b, row)]).astype(jnp.float32) * unit_at(i)
-            halves = ((0, 1), (2, 3)) if weight.group == 16 else ((0, 1, 2, 3),)
+            small = plgpu.load(ref["scales"].at[(*at, b, *scale_index)])
+            small = small_to_f16(small) if weight.super_scales is not None else small
+            sums = jnp.zeros((rows, SPREAD), jnp.float32)
             for half, planes in enumerate(halves):
                 product = jnp.zeros((rows, SPREAD), jnp.float32)
                 for plane in planes:
@@ -72,20 +97,24 @@ def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, rows: int, supe
                     else:
                         product += plgpu.dot(code_plane(words, plane, asm=asm), x)
                         product += plgpu.dot(jnp.full((rows, PLANE), -8 * UNITS[plane], jnp.float16), x)
-                scales = plgpu.load(ref["scales"].at[(*at, b, row, pl.ds(SPREAD * half, SPREAD))])
-                if weight.super_scales is not None:
-                    scales = small_to_f32(scales) * supers[:, None]
-                else:
-                    scales = scales.astype(jnp.float32) * unit_at(i)
-                total = fma_f32(product, scales, total, asm=asm)
-            return total
+                # A product with unit vectors brings scales to where the sums are.
+                source, column = (lax.broadcasted_iota(jnp.int32, (16, SPREAD), axis) for axis in range(2))
+                one = (source == SPREAD * half + column).astype(jnp.float16)
+                sums = fma_f32(product, plgpu.dot(small, one), sums, asm=asm)
+            if weight.super_scales is not None:
+                factor = (supers.astype(jnp.float32) * unit)[:, None]
+            else:
+                factor = unit[None, :]
+            total = fma_f32(sums, jnp.broadcast_to(factor, total.shape), total, asm=asm)
+            return total, ahead
 
-        total = lax.fori_loop(0, superblocks, superblock, jnp.zeros((rows, SPREAD), jnp.float32))
+        start = jnp.zeros((rows, SPREAD), jnp.float32), super_at(first)
+        total, _ = lax.fori_loop(0, superblocks, superblock, start)
         if not weight.companded:
             odd = lax.broadcasted_iota(jnp.int32, (rows, SPREAD), 1) % 2
             total = total * jnp.where(odd == 1, 1 / UNITS[1], 1 / UNITS[0]).astype(jnp.float32)
         else:
-            total = total * jnp.broadcast_to(factor, total.shape)
+            total = total * jnp.broadcast_to(to_levels, total.shape)
         return jnp.sum(total, axis=1)
 
     def sidecar():
@@ -117,7 +146,7 @@ def partial_products(
     """Parts of x Ŵᵀ without sidecar, for the weight's padded rows, and after them of x Vᵀ; f32.
 
     Args:
-        x: spread for the weight's groups.
+        x: one row.
         weight: laid out, or a stack of them with `layer`.
         blocks: configuration.
         layer: index into the stack, int32.

@@ -105,7 +105,7 @@ def matmul(
     """x Ŵᵀ in `dtype`, for the padded rows of the weight; f32 accumulation.
 
     Args:
-        x: a multiple of `batch` rows, not spread.
+        x: a multiple of `batch` rows.
         weight: laid out.
         dtype: of the result.
         batch: rows of x that a program computes, 8 or a power of two above.

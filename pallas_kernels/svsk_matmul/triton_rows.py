@@ -131,7 +131,7 @@ def partial_products(
     """Parts of x Ŵᵀ without sidecar, for the weight's padded rows, and after them of x Vᵀ; f32.
 
     Args:
-        x: a multiple of `blocks.batch` rows, not spread.
+        x: a multiple of `blocks.batch` rows.
         weight: laid out, or a stack of them with `layer`.
         blocks: configuration.
         layer: index into the stack, int32.

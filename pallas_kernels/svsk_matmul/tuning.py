@@ -103,7 +103,8 @@ def heuristic(weight: TritonWeight, m: int) -> Blocks:
         # With groups of 32 the fewer instructions of taller programs fit the registers.
         rows = 64 if weight.group == 32 and weight.padded_rows > 8192 else 32
         superblocks = _longest_sum(weight, weight.padded_rows // rows, WAVE)
-        return Blocks(rows=rows, superblocks=superblocks, warps=2, stages=2 if superblocks > 1 else 3)
+        # Two superblocks are on their way from memory while one is multiplied.
+        return Blocks(rows=rows, superblocks=superblocks, warps=2, stages=3)
     batch = batch_of(m)
     rows, warps = (64, 2) if batch == 16 and weight.group == 32 else (32, 2)
     if batch > 16:
@@ -127,7 +128,7 @@ def candidates(weight: TritonWeight, batch: int) -> list[Blocks]:
     found = [heuristic(weight, batch)]
     for rows, warps in cuts.get(batch, ((64, 2), (64, 4), (128, 4))):
         for superblocks in (1, 2, 4, 8, 16):
-            for stages in (2, 3):
+            for stages in (2, 3, 4) if batch == 1 else (2, 3):
                 blocks = Blocks(rows=rows, superblocks=superblocks, warps=warps, stages=stages, batch=batch)
                 programs = weight.padded_rows // rows * (weight.superblocks // superblocks)
                 few = superblocks > 1 and programs < WAVE // 5

@@ -13,10 +13,8 @@ from pallas_kernels.decode_step import (
     Product,
     attend,
     finish_gated,
-    finish_heads,
     finish_residual,
     product,
-    spread_group,
 )
 from pallas_kernels.svsk_matmul import TritonInt8Weight, TritonWeight, triton_int8, why_no_triton
 from pallas_kernels.svsk_matmul.tuning import batch_of
@@ -89,18 +87,17 @@ def fused_step(
     head = _head(model)
     x = model.embedding(tokens, model.dtype)
     pending = None
+    arrivals = jnp.zeros((m, config.num_kv_heads), jnp.int32)
     new_keys, new_values = [], []
     for layer, layer_keys, layer_values in zip(layers, keys, values, strict=True):
-        group = spread_group(layer.qkv, m)
         stream = finish_residual(
             x,
             pending,
             layer.input_norm,
-            group=group,
             interpret=interpret,
         )
         qkv = product(stream.scaled, layer.qkv, layer.qkv_bias, interpret=interpret)
-        queries, layer_keys, layer_values = finish_heads(
+        mixed, layer_keys, layer_values, arrivals = attend(
             qkv,
             stream.squares,
             layer.head_norms,
@@ -108,37 +105,26 @@ def fused_step(
             lengths,
             layer_keys,
             layer_values,
-            dtype=model.dtype,
+            arrivals,
+            window=config.sliding_window,
             **norm,
         )
-        mixed = attend(
-            queries,
-            layer_keys,
-            layer_values,
-            lengths,
-            window=config.sliding_window,
-            group=spread_group(layer.o, m),
-            interpret=interpret,
-        )
         o = _summed(product(mixed, layer.o, layer.o_bias, interpret=interpret), model.axis)
-        group = spread_group(layer.gate_up, m)
         stream = finish_residual(
             stream.x,
             o,
             layer.mlp_norm,
-            group=group,
             interpret=interpret,
         )
         gate_up = product(stream.scaled, layer.gate_up, layer.gate_up_bias, interpret=interpret)
-        group = spread_group(layer.down, m)
-        hidden = finish_gated(gate_up, stream.squares, group=group, **norm)
+        hidden = finish_gated(gate_up, stream.squares, **norm)
         pending = _summed(product(hidden, layer.down, layer.down_bias, interpret=interpret), model.axis)
         x = stream.x
         new_keys.append(layer_keys)
         new_values.append(layer_values)
     rows = max(8, m)
     scale = model.final_norm.scale.get_value()
-    stream = finish_residual(x, pending, scale, group=None, rows=rows, interpret=interpret)
+    stream = finish_residual(x, pending, scale, rows=rows, interpret=interpret)
     logits = triton_int8.matmul(stream.scaled, head, jnp.float32, batch=batch_of(rows), interpret=interpret)
     rms = jnp.sqrt(jnp.sum(stream.squares, axis=-1, keepdims=True) / d + config.rms_norm_eps)
     logits = join_over(logits[:m, : head.shape[0]], model.axis, config.vocab_size)

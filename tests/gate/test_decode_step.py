@@ -80,9 +80,7 @@ def launches(text):
 def of_a_step(batch):
     """Launches of the fused step's kernels."""
     product = "svsk_decode" if batch == 1 else "svsk_rows"
-    of_a_layer = {product: 4, "svsk_residual": 2} | dict.fromkeys(
-        ("svsk_heads", "svsk_attend", "svsk_join", "svsk_gated"), 1
-    )
+    of_a_layer = {product: 4, "svsk_residual": 2} | dict.fromkeys(("svsk_attend", "svsk_gated"), 1)
     expected = {name: count * CONFIG.num_layers for name, count in of_a_layer.items()}
     return expected | {"svsk_residual": expected["svsk_residual"] + 1, "svsk_int8": 1}
 
