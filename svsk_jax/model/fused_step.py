@@ -30,7 +30,7 @@ LARGEST_BATCH = 64
 """Sequences that a step takes."""
 SMALL_SUM = 1 << 18
 """Bytes of a product's parts up to which devices exchange them as they are. Adding up its own first is one
-more launch for each device (`benchmarks.scale.multi_gpu` times both)."""
+more launch for each device."""
 MOST_ROWS_EXCHANGED = 16
 """Sequences up to which devices exchange through `Boxes`."""
 
