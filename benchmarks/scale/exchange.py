@@ -88,7 +88,7 @@ def by_boxes(mesh: Mesh, numbers: int) -> tuple[float, float]:
     boxes = PeerBoxes(mesh)
 
     def local(x: jax.Array, held: Boxes) -> jax.Array:
-        # Where a program has sums by XLA too, devices wait for one another once everything is loaded: loading a
+        # With a sum by XLA, devices wait for one another once everything is loaded: loading a
         # kernel may wait for a device that waits for this one.
         total = x[0] + jax.lax.psum(x[0, 0, 0, 0], MODEL) * jnp.float32(0)
         for _ in range(SUMS):
