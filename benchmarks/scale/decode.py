@@ -172,9 +172,13 @@ def with_options(tiny: bool, report: Callable[..., None]) -> None:
     options and by boxes."""
     found = exchanges(tiny, report)
     model = on_devices(tiny, LAYERS_FOR_FLAGS, 2)
-    fastest = min((us, way) for way, us in found.items() if way != BOXES)[1]
+    ways = ["as it is"]
+    if not tiny:
+        ways.append(min((us, way) for way, us in found.items() if way != BOXES)[1])
     boxes = boxes_of(model, report)
-    for way in dict.fromkeys(["as it is", fastest, *([BOXES] if boxes is not None else [])]):
+    if boxes is not None:
+        ways.append(BOXES)
+    for way in dict.fromkeys(ways):
         held, options = (boxes, {}) if way == BOXES else (None, {} if tiny else OPTIONS[way])
         ms = 1e3 * median_seconds(burst(model, 1, tiny, held, options)) / steps.BURST
         report(devices=2, layers=model.config.num_layers, batch=1, way=way, ms=ms)
