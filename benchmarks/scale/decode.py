@@ -1,21 +1,22 @@
 """Tensor-parallel decoding by the fused step."""
 
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
+from benchmarks.scale.exchange import BOXES, OPTIONS, exchanges
 from benchmarks.scale.sizes import RandomSource, config_of, counts, machine, median_seconds, relative
+from pallas_kernels.decode_step import Boxes
 from pallas_kernels.device_time import Chain, call_times
 from svsk_jax.model import Decoder, fused_step
 from svsk_jax.model.laid_out import lay_out_for_device, lay_out_parameters
-from svsk_jax.parallel import MODEL, make_mesh, sharding
+from svsk_jax.parallel import make_mesh, sharding
+from svsk_jax.parallel.boxes import SPECS, PeerBoxes, why_no_boxes
 from svsk_jax.parallel.decoder import ParallelDecoder, load_parallel, on_mesh
 from svsk_jax.runtime import steps
 from svsk_jax.runtime.on_mesh import step_on_mesh
@@ -23,10 +24,6 @@ from svsk_jax.runtime.sampling import SamplingConfig
 
 CONTEXT = 1024
 LAYERS_FOR_FLAGS = 8
-SUMS = 72
-"""Of a token of Qwen3-8B, two in each layer."""
-SUM_BYTES = (16 << 10, 132 << 10, 270 << 10)
-"""What is summed at batch 1, by one device's parts or as they are, and at batch 16."""
 TOLERANCE = 1e-2
 """Of logits: x is rounded to f16, the residual stream's sums are in another order."""
 Model = Decoder | ParallelDecoder
@@ -62,31 +59,43 @@ def caches(model: Model, batch: int) -> tuple[jax.Array, ...]:
     return tuple(make(jax.random.key(index)) for index in range(config.num_layers))
 
 
-def burst(model: Model, batch: int, tiny: bool) -> Callable[[], jax.Array]:
-    """`steps.BURST` greedy tokens of each text, behind as many positions at each call."""
+def burst(
+    model: Model,
+    batch: int,
+    tiny: bool,
+    boxes: PeerBoxes | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[[], jax.Array]:
+    """`steps.BURST` greedy tokens of each text, behind as many positions at each call; sums by boxes, or by
+    XLA with some of its options."""
     leaves, structure = jax.tree.flatten(model.shares if isinstance(model, ParallelDecoder) else model)
     step: Any = partial(steps.fused_steps, structure, interpret=tiny)
     if isinstance(model, ParallelDecoder):
         step = step_on_mesh(model.mesh, step)
     key, numbers = jax.random.key(0), SamplingConfig().numbers
 
-    def again(leaves: list[jax.Array], state: steps.State) -> steps.State:
-        _, after = step(leaves, state, key, numbers, greedy=True)
+    def again(leaves: list[jax.Array], state: steps.State, held: Boxes | None) -> steps.State:
+        _, after = step(leaves, state, key, numbers, held, greedy=True)
         return after._replace(lengths=state.lengths)
 
-    run = jax.jit(again, donate_argnums=1)
+    run = jax.jit(again, donate_argnums=1, compiler_options=options or {})
+    turns = steps.BURST * exchanges_of(model, batch)
     lengths = jnp.full((batch,), CONTEXT - steps.BURST, jnp.int32)
     held = [steps.State(caches(model, batch), caches(model, batch), lengths, jnp.zeros(batch, jnp.int32))]
 
     def call() -> jax.Array:
-        held[0] = run(leaves, held[0])
+        held[0] = run(leaves, held[0], None if boxes is None else boxes.take(turns))
         # The caches are donated to the next call.
         return held[0].tokens + 0
 
     return call
 
 
-def logits(model: Model, batch: int, tiny: bool) -> jax.Array:
+def exchanges_of(model: Model, batch: int) -> int:
+    return fused_step.exchanges(model.shares if isinstance(model, ParallelDecoder) else model, batch)
+
+
+def logits(model: Model, batch: int, tiny: bool, boxes: PeerBoxes | None) -> jax.Array:
     """Of one step, on the first device."""
     work = partial(fused_step.fused_step, interpret=tiny)
     tokens = jnp.arange(batch, dtype=jnp.int32) * 7 + 3
@@ -94,8 +103,14 @@ def logits(model: Model, batch: int, tiny: bool) -> jax.Array:
     arguments = (tokens, caches(model, batch), caches(model, batch), lengths)
     if isinstance(model, ParallelDecoder):
         heads = sharding(model.mesh, None, None, "heads", None).spec
-        step = on_mesh(model.mesh, work, (P(), heads, heads, P()), (P(), heads, heads))
-        found = jax.jit(step)(model.shares, *arguments)[0]
+        held = None if boxes is None else boxes.take(exchanges_of(model, batch))
+        step = on_mesh(
+            model.mesh,
+            lambda share, *given: work(share, *given[:4], boxes=given[4] if len(given) > 4 else None),
+            (P(), heads, heads, P(), *([] if held is None else [SPECS])),
+            (P(), heads, heads),
+        )
+        found = jax.jit(step)(model.shares, *arguments, *([] if held is None else [held]))[0]
     else:
         found = jax.jit(work)(model, *arguments)[0]
     return jax.device_put(found, jax.devices()[0])
@@ -104,28 +119,38 @@ def logits(model: Model, batch: int, tiny: bool) -> jax.Array:
 def decode(tiny: bool, report: Callable[..., None]) -> None:
     report(**machine())
     batches = (1, 8) if tiny else (1, 16)
-    exchange(tiny, report)
     alone: dict[int, tuple[float, jax.Array]] = {}
     for devices in counts(tiny):
         model = on_devices(tiny, None, devices)
+        boxes = boxes_of(model, report)
         report(devices=devices, made=True)
-        for batch in batches:
-            ms = 1e3 * median_seconds(burst(model, batch, tiny)) / steps.BURST
-            if devices == 1:
-                alone[batch] = ms, logits(model, batch, tiny)
-                report(devices=1, batch=batch, ms=ms, tokens_per_second=1e3 * batch / ms)
-                continue
-            report(
-                devices=devices,
-                batch=batch,
-                ms=ms,
-                tokens_per_second=1e3 * batch / ms,
-                times_one_device=alone[batch][0] / ms,
-            )
-            compare(devices, batch, logits(model, batch, tiny), alone[batch][1], report)
-        if devices > 1:
-            added_first(model, devices, tiny, report)
+        for way in ([BOXES] if boxes is not None else []) + ["XLA"]:
+            for batch in batches:
+                held = boxes if way == BOXES else None
+                ms = 1e3 * median_seconds(burst(model, batch, tiny, held)) / steps.BURST
+                if devices == 1:
+                    alone[batch] = ms, logits(model, batch, tiny, None)
+                report(
+                    devices=devices,
+                    way=way,
+                    batch=batch,
+                    ms=ms,
+                    tokens_per_second=1e3 * batch / ms,
+                    times_one_device=alone[batch][0] / ms,
+                )
+                if devices > 1 and (way == BOXES or boxes is None):
+                    compare(devices, batch, logits(model, batch, tiny, held), alone[batch][1], report)
         del model
+
+
+def boxes_of(model: Model, report: Callable[..., None]) -> PeerBoxes | None:
+    if not isinstance(model, ParallelDecoder):
+        return None
+    reason = why_no_boxes(model.mesh)
+    if reason is not None:
+        report(devices=model.mesh.size, way=BOXES, impossible=reason)
+        return None
+    return PeerBoxes(model.mesh)
 
 
 def compare(
@@ -142,44 +167,21 @@ def compare(
     )
 
 
-def added_first(model: Model, devices: int, tiny: bool, report: Callable[..., None]) -> None:
-    """The step at batch 1 where each device adds up its parts before they are exchanged."""
-    usual = fused_step.SMALL_SUM
-    fused_step.SMALL_SUM = 0
-    try:
-        ms = 1e3 * median_seconds(burst(model, 1, tiny)) / steps.BURST
-    finally:
-        fused_step.SMALL_SUM = usual
-    report(devices=devices, batch=1, parts_added_first_ms=ms)
-
-
-def exchange(tiny: bool, report: Callable[..., None]) -> None:
-    """A chain of sums between devices, each of the one before."""
-    for devices in counts(tiny)[1:]:
-        mesh = make_mesh(1, devices, jax.devices()[:devices])
-        for size in SUM_BYTES:
-            x = jax.device_put(jnp.ones((devices, size // 4), jnp.float32), sharding(mesh, "heads"))
-            run = jax.jit(partial(_chain, mesh))
-            seconds = median_seconds(lambda run=run, x=x: run(x))
-            report(devices=devices, bytes=size, us_of_a_sum=1e6 * seconds / SUMS)
-
-
-def _chain(mesh: Mesh, x: jax.Array) -> jax.Array:
-    def local(x: jax.Array) -> jax.Array:
-        for _ in range(SUMS):
-            x = jax.lax.psum(x, MODEL) * jnp.float32(1 / mesh.shape[MODEL])
-        return x
-
-    return jax.shard_map(local, mesh=mesh, in_specs=P(MODEL), out_specs=P(MODEL), check_vma=False)(x)
-
-
-def with_flags(tiny: bool, report: Callable[..., None]) -> None:
-    """Sums alone, and the step at batch 1, on 2 devices and on as many as there are."""
-    exchange(tiny, report)
-    for devices in sorted({2, counts(tiny)[-1]}):
-        model = on_devices(tiny, LAYERS_FOR_FLAGS, devices)
-        ms = 1e3 * median_seconds(burst(model, 1, tiny)) / steps.BURST
-        report(devices=devices, layers=model.config.num_layers, batch=1, ms=ms, flags=os.environ["XLA_FLAGS"])
+def with_options(tiny: bool, report: Callable[..., None]) -> None:
+    """Sums alone by each way, and the step at batch 1 on two devices by XLA as it is, by the fastest of its
+    options and by boxes."""
+    found = exchanges(tiny, report)
+    model = on_devices(tiny, LAYERS_FOR_FLAGS, 2)
+    ways = ["as it is"]
+    if not tiny:
+        ways.append(min((us, way) for way, us in found.items() if way != BOXES)[1])
+    boxes = boxes_of(model, report)
+    if boxes is not None:
+        ways.append(BOXES)
+    for way in dict.fromkeys(ways):
+        held, options = (boxes, {}) if way == BOXES else (None, {} if tiny else OPTIONS[way])
+        ms = 1e3 * median_seconds(burst(model, 1, tiny, held, options)) / steps.BURST
+        report(devices=2, layers=model.config.num_layers, batch=1, way=way, ms=ms)
 
 
 def kernels(tiny: bool, report: Callable[..., None]) -> None:
@@ -187,7 +189,7 @@ def kernels(tiny: bool, report: Callable[..., None]) -> None:
     for devices in counts(tiny)[:2]:
         model = on_devices(tiny, LAYERS_FOR_FLAGS, devices)
         for batch in (1,) if tiny else (1, 16):
-            call = burst(model, batch, tiny)
+            call = burst(model, batch, tiny, boxes_of(model, report))
             if tiny:
                 report(devices=devices, batch=batch, tokens=call().tolist())
                 continue
@@ -205,4 +207,4 @@ def kernels(tiny: bool, report: Callable[..., None]) -> None:
 
 def _exchanges(name: str) -> bool:
     plain = name.lower().replace("_", "").replace("-", "")
-    return any(word in plain for word in ("allreduce", "allgather", "nccl"))
+    return any(word in plain for word in ("allreduce", "allgather", "nccl", "svskexchange"))

@@ -1,6 +1,6 @@
 """What several GPUs of one host do: calibration, quantization, decoding and restoring, in one call.
 
-    python -m benchmarks.scale.multi_gpu --output FOLDER [--parts decode flags ...] [--seconds 520]
+    python -m benchmarks.scale.multi_gpu --output FOLDER [--parts exchange decode ...] [--seconds 520]
     python -m benchmarks.scale.multi_gpu --output FOLDER --tiny
 
 Each part runs in a process of its own, so that one that fails or hangs costs the others nothing, and prints a
@@ -8,8 +8,9 @@ line of JSON for each thing that it finds, as soon as it has it; FOLDER/multi_gp
 tries every part on 8 fake CPU devices, with the kernels in interpret mode: its times mean nothing.
 
 decode       tensor-parallel decoding of Qwen3-8B, random weights, fused step: ms and tokens/s at batches 1
-             and 16 on 1, 2, … GPUs, logits against one GPU's, and the sum between GPUs alone
-flags        the step of fewer layers under flags of XLA that decide how GPUs exchange small sums
+             and 16 on 1, 2, … GPUs, sums by boxes and by XLA, and logits against one GPU's
+exchange     sums between GPUs alone, by XLA under options that decide how it makes small ones, and by boxes;
+             and the step of fewer layers on two GPUs by the best
 kernels      device time by kernel of such a step, that of the exchange among them
 calibration  second moments of one block of Qwen3-8B, texts over 1, 2, … GPUs: tokens/s, efficiency, and H
              against one GPU's
@@ -30,37 +31,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SECONDS = {"decode": 230, "flags": 60, "kernels": 60, "calibration": 90, "restore": 60, "quantization": 150}
-"""That a process of each part may take, in the order in which they run."""
-FLAGS: dict[str, str] = {
-    "none": "",
-    "sums by NCCL": "--xla_gpu_unsupported_use_all_reduce_one_shot_kernel=false",
-    "exchange within CUDA graphs": "--xla_gpu_enable_command_buffer=+COLLECTIVES",
+SECONDS = {
+    "exchange": 100,
+    "decode": 230,
+    "kernels": 75,
+    "calibration": 90,
+    "restore": 60,
+    "quantization": 150,
 }
+"""That a process of each part may take, in the order in which they run."""
 WITHOUT_GRAPHS = "--xla_gpu_enable_command_buffer="
 FAKE_DEVICES = "--xla_force_host_platform_device_count=8"
 
 
-def processes(parts: list[str]) -> list[tuple[str, str, str]]:
-    """(part, label, XLA flags) of each process."""
-    found = []
-    for part in parts:
-        if part == "flags":
-            found += [(part, label, flags) for label, flags in FLAGS.items()]
-        else:
-            found.append((part, part, WITHOUT_GRAPHS if part == "kernels" else ""))
-    return found
-
-
-def run_process(part: str, label: str, flags: str, folder: Path, tiny: bool, seconds: float) -> None:
+def run_process(part: str, folder: Path, tiny: bool, seconds: float) -> None:
     """One part in a process of its own; what it finds goes to standard output and to a file in `folder`."""
     environment = dict(os.environ)
+    flags = WITHOUT_GRAPHS if part == "kernels" else ""
     more = f"{flags} {FAKE_DEVICES}" if tiny else flags
     environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {more}".strip()
     if tiny:
         environment["JAX_PLATFORMS"] = "cpu"
     command = [sys.executable, "-m", "benchmarks.scale.multi_gpu", "--output", str(folder), "--within", part]
-    command += ["--label", label] + (["--tiny"] if tiny else [])
+    command += ["--tiny"] if tiny else []
     # A group of its own: what a part starts ends with it.
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
@@ -68,10 +61,10 @@ def run_process(part: str, label: str, flags: str, folder: Path, tiny: bool, sec
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        write(folder, {"part": part, "label": label, "error": f"not done after {seconds:.0f} s"})
+        write(folder, {"part": part, "error": f"not done after {seconds:.0f} s"})
         return
     if status:
-        write(folder, {"part": part, "label": label, "error": f"ended with status {status}"})
+        write(folder, {"part": part, "error": f"ended with status {status}"})
 
 
 def write(folder: Path, result: dict[str, Any]) -> None:
@@ -82,12 +75,12 @@ def write(folder: Path, result: dict[str, Any]) -> None:
         file.write(line + "\n")
 
 
-def within(part: str, label: str, folder: Path, tiny: bool) -> None:
+def within(part: str, folder: Path, tiny: bool) -> None:
     """A part, in this process."""
     start = time.perf_counter()
 
     def report(**found: Any) -> None:
-        write(folder, {"part": part, "label": label, **found, "at": round(time.perf_counter() - start, 1)})
+        write(folder, {"part": part, **found, "at": round(time.perf_counter() - start, 1)})
 
     try:
         work(part)(tiny, report)
@@ -106,7 +99,7 @@ def work(part: str) -> Callable[..., None]:
     else:
         from benchmarks.scale import decode
 
-        found = {"decode": decode.decode, "flags": decode.with_flags, "kernels": decode.kernels}[part]
+        found = {"decode": decode.decode, "exchange": decode.with_options, "kernels": decode.kernels}[part]
     return found
 
 
@@ -121,22 +114,21 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=520, help="for all parts together")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--within", choices=SECONDS, help=argparse.SUPPRESS)
-    parser.add_argument("--label", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     flags.output.mkdir(parents=True, exist_ok=True)
     if flags.within:
-        within(flags.within, flags.label, flags.output, flags.tiny)
+        within(flags.within, flags.output, flags.tiny)
         return
     lines = flags.output / "lines.jsonl"
     lines.unlink(missing_ok=True)
     deadline = time.monotonic() + flags.seconds
-    for part, label, xla_flags in processes([part for part in SECONDS if part in flags.parts]):
+    for part in [part for part in SECONDS if part in flags.parts]:
         left = deadline - time.monotonic()
         if left < 5:
-            write(flags.output, {"part": part, "label": label, "error": "no time was left"})
+            write(flags.output, {"part": part, "error": "no time was left"})
             continue
         limit = left if flags.tiny else min(left, SECONDS[part])
-        run_process(part, label, xla_flags, flags.output, flags.tiny, limit)
+        run_process(part, flags.output, flags.tiny, limit)
     document = {
         "date": datetime.date.today().isoformat(),
         "tiny": flags.tiny,

@@ -2,6 +2,8 @@
 reads."""
 
 from pallas_kernels.decode_step.attention import MOST_QUERIES, attend
+from pallas_kernels.decode_step.exchange import LARGEST as LARGEST_EXCHANGE
+from pallas_kernels.decode_step.exchange import Boxes, exchange
 from pallas_kernels.decode_step.gated import finish_gated
 from pallas_kernels.decode_step.heads import HEAD_DIMS
 from pallas_kernels.decode_step.product import Product, product
@@ -9,10 +11,13 @@ from pallas_kernels.decode_step.residual import Residual, finish_residual
 
 __all__ = [
     "HEAD_DIMS",
+    "LARGEST_EXCHANGE",
     "MOST_QUERIES",
+    "Boxes",
     "Product",
     "Residual",
     "attend",
+    "exchange",
     "finish_gated",
     "finish_residual",
     "product",

@@ -1,6 +1,7 @@
 """Search for block configurations on a GPU, by the time of real launches."""
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -66,6 +67,8 @@ def search(
     shapes: Sequence[tuple[int, int]],
     batches: Sequence[int] = BATCHES,
     on_shape: Callable[[tuple[int, int], int, Blocks, float], None] | None = None,
+    *,
+    seconds: float = float("inf"),
 ) -> dict[str, dict[str, dict[str, int]]]:
     """The fastest blocks for each shape and batch, as a table holds them; of companded weights in groups of
     16 with a sidecar of rank 16.
@@ -74,15 +77,21 @@ def search(
         shapes: [N, K] of weights.
         batches: rows of x, of those that `tuning.batch_of` returns.
         on_shape: called with each shape, batch, its best blocks and their microseconds.
+        seconds: after so many nothing more is begun.
 
     Raises:
         RuntimeError: there is no GPU.
     """
     found: dict[str, dict[str, dict[str, int]]] = {}
+    deadline = time.monotonic() + seconds
     for shape in shapes:
+        if time.monotonic() > deadline:
+            break
         weights = copies(lay_out(random_weight(jax.random.key(1), *shape)))
         best = found.setdefault(shape_key(weights[0]), {})
         for batch in batches:
+            if time.monotonic() > deadline:
+                break
             choices = candidates(weights[0], batch)
             times = blocks_times(weights, batch, choices)
             fastest = min(range(len(choices)), key=times.__getitem__)

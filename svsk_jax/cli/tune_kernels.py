@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,10 @@ class TuneKernels(Verb):
 
     models: tuple[str, ...] = tuple(MODELS)
     """Whose matrix shapes to tune."""
+    shapes: tuple[str, ...] = ()
+    """Shapes to tune instead, rows x columns, such as 3072x4096 for a device's share of a matrix."""
+    seconds: float = float("inf")
+    """After so many no other shape and batch is begun; those that are done are kept."""
     batches: tuple[int, ...] = BATCHES
     """For how many rows of x, of 1, 8, 16, 32 and 64."""
     target: Literal["sm_80", "sm_89", "sm_90", "sm_120"] = "sm_90"
@@ -42,7 +47,7 @@ class TuneKernels(Verb):
         wrong = [batch for batch in self.batches if batch not in BATCHES]
         if wrong:
             raise ValueError(f"--batches {wrong}: choose from {', '.join(map(str, BATCHES))}")
-        shapes = unique_shapes(self.models)
+        shapes = [shape_of(text) for text in self.shapes] or unique_shapes(self.models)
         without_graphs()
         reason = why_no_triton("bfloat16")
         if reason is not None:
@@ -59,7 +64,7 @@ class TuneKernels(Verb):
                 f"--output {path.parent}: can't be written; give another folder and point {FOLDER_VARIABLE} "
                 "at it"
             )
-        found = search(shapes, self.batches, show)
+        found = search(shapes, self.batches, show, seconds=self.seconds)
         if path.exists():
             known = json.loads(path.read_text(encoding="utf-8"))["blocks"]
             found = {shape: known.get(shape, {}) | found.get(shape, {}) for shape in known | found}
@@ -93,6 +98,14 @@ class TuneKernels(Verb):
                     ranked.append({"shape": shape, "batch": batch, "us": time} | dataclasses.asdict(blocks))
         console.print(table)
         return {"target": self.target, "ranked": ranked}
+
+
+def shape_of(text: str) -> tuple[int, int]:
+    """The shape that `--shapes` names; ValueError if it is none."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text, re.ASCII)
+    if match is None:
+        raise ValueError(f"--shapes {text}: expected rows x columns, such as 3072x4096")
+    return int(match[1]), int(match[2])
 
 
 def describe(blocks: Blocks) -> str:

@@ -9,9 +9,12 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode_step import (
     HEAD_DIMS,
+    LARGEST_EXCHANGE,
     MOST_QUERIES,
+    Boxes,
     Product,
     attend,
+    exchange,
     finish_gated,
     finish_residual,
     product,
@@ -25,7 +28,9 @@ LARGEST_BATCH = 64
 """Sequences that a step takes."""
 SMALL_SUM = 1 << 18
 """Bytes of a product's parts up to which devices exchange them as they are. Adding up its own first is one
-more launch for each device (`benchmarks.scale.multi_gpu` times both)."""
+more launch for each device."""
+MOST_ROWS_EXCHANGED = 16
+"""Sequences up to which devices exchange through `Boxes`."""
 
 
 def why_not_fused(model: Decoder, *, interpret: bool = False) -> str | None:
@@ -65,6 +70,7 @@ def fused_step(
     values: tuple[jax.Array, ...],
     lengths: Int[Array, "b"],
     *,
+    boxes: Boxes | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "b v"], tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     """f32 logits after one more token of each sequence, and the caches with it.
@@ -77,6 +83,7 @@ def fused_step(
         tokens: int32; their number is one of `batch_bucket`.
         keys, values: of each layer, [b, capacity, KV heads, head_dim]; donate them, to be written in place.
         lengths: int32, filled positions of each sequence, below the capacity.
+        boxes: of this device, for the turns that `exchanges` counts; None, or none counted: XLA adds up.
         interpret: run the kernels in interpret mode.
     """
     config, m, d = model.config, tokens.shape[0], model.config.hidden_size
@@ -86,6 +93,7 @@ def fused_step(
     layers = [_Layer(layer) for layer in model.layers]
     head = _head(model)
     x = model.embedding(tokens, model.dtype)
+    sums = _Sums(model.axis, boxes if exchanges(model, m) else None, interpret)
     pending = None
     arrivals = jnp.zeros((m, config.num_kv_heads), jnp.int32)
     new_keys, new_values = [], []
@@ -109,7 +117,7 @@ def fused_step(
             window=config.sliding_window,
             **norm,
         )
-        o = _summed(product(mixed, layer.o, layer.o_bias, interpret=interpret), model.axis)
+        o = sums.over_devices(product(mixed, layer.o, layer.o_bias, interpret=interpret))
         stream = finish_residual(
             stream.x,
             o,
@@ -118,7 +126,7 @@ def fused_step(
         )
         gate_up = product(stream.scaled, layer.gate_up, layer.gate_up_bias, interpret=interpret)
         hidden = finish_gated(gate_up, stream.squares, **norm)
-        pending = _summed(product(hidden, layer.down, layer.down_bias, interpret=interpret), model.axis)
+        pending = sums.over_devices(product(hidden, layer.down, layer.down_bias, interpret=interpret))
         x = stream.x
         new_keys.append(layer_keys)
         new_values.append(layer_values)
@@ -131,18 +139,33 @@ def fused_step(
     return logits / rms, tuple(new_keys), tuple(new_values)
 
 
-def _summed(found: Product, axis: str | None) -> Product:
-    """A product of columns that are divided over a mesh axis, with parts that are the devices' sums.
+def exchanges(model: Decoder, sequences: int) -> int:
+    """How many turns of `Boxes` a step for some sequences takes, of one device's share of a model."""
+    fits = sequences <= MOST_ROWS_EXCHANGED and 2 * sequences * model.config.hidden_size <= LARGEST_EXCHANGE
+    return 2 * model.config.num_layers if model.axis is not None and fits else 0
 
-    Devices hold the same U and scales of the sidecar, which the next kernel applies: what is summed holds
-    the rows of V x as well, and a few parts of one token are left to it too.
-    """
-    if axis is None:
-        return found
-    parts = found.parts
-    if parts.nbytes > SMALL_SUM:
-        parts = jnp.sum(parts, axis=0, keepdims=True)
-    return dataclasses.replace(found, parts=sum_over(parts, axis))
+
+class _Sums:
+    """Adds up over a mesh axis, one product after another."""
+
+    def __init__(self, axis: str | None, boxes: Boxes | None, interpret: bool):
+        self._axis, self._boxes, self._interpret = axis, boxes, interpret
+
+    def over_devices(self, found: Product) -> Product:
+        """A product of columns that are divided over the axis, with parts that are the devices' sums.
+
+        Devices hold the same U and scales of the sidecar, which the next kernel applies: what is summed holds
+        the rows of V x as well. Where XLA sums, a few parts of one token are left to the next kernel too.
+        """
+        if self._axis is None:
+            return found
+        parts = found.parts
+        if self._boxes is not None:
+            parts, self._boxes = exchange(parts, self._boxes, interpret=self._interpret)
+            return dataclasses.replace(found, parts=parts)
+        if parts.nbytes > SMALL_SUM:
+            parts = jnp.sum(parts, axis=0, keepdims=True)
+        return dataclasses.replace(found, parts=sum_over(parts, self._axis))
 
 
 class _Layer:

@@ -7,8 +7,10 @@ import jax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels.decode_step import Boxes
 from svsk_jax.model.fused_step import batch_bucket
 from svsk_jax.parallel import DATA, sharding
+from svsk_jax.parallel.boxes import SPECS
 from svsk_jax.parallel.decoder import on_mesh
 from svsk_jax.runtime.sampling import SamplingNumbers
 from svsk_jax.runtime.steps import State
@@ -25,7 +27,12 @@ def step_on_mesh(mesh: Mesh, step: Callable[..., Any]) -> Callable[..., Any]:
     many as a step takes."""
 
     def placed(
-        leaves: list[jax.Array], state: State, key: jax.Array, numbers: SamplingNumbers, **static: Any
+        leaves: list[jax.Array],
+        state: State,
+        key: jax.Array,
+        numbers: SamplingNumbers,
+        boxes: Boxes | None = None,
+        **static: Any,
     ) -> tuple[jax.Array, State]:
         texts, devices = state.tokens.shape[0], mesh.shape[DATA]
         divides = texts % devices == 0 and batch_bucket(texts // devices) == texts // devices
@@ -34,10 +41,10 @@ def step_on_mesh(mesh: Mesh, step: Callable[..., Any]) -> Callable[..., Any]:
         run = on_mesh(
             mesh,
             lambda leaves, *arguments: step(leaves, *arguments, **static),
-            (specs, P(), P()),
+            (specs, P(), P(), *([] if boxes is None else [SPECS])),
             (tokens, specs),
         )
-        return run(leaves, state, key, numbers)
+        return run(leaves, state, key, numbers, *([] if boxes is None else [boxes]))
 
     return placed
 

@@ -1,14 +1,16 @@
 """The steps of generating, as functions to compile: a prompt at once, then tokens one after another."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from pallas_kernels.decode_step import Boxes
 from pallas_kernels.svsk_matmul.layout import ceil_div
 from svsk_jax.model import Decoder, KVCache
-from svsk_jax.model.fused_step import fused_step
+from svsk_jax.model.fused_step import exchanges, fused_step
 from svsk_jax.runtime.sampling import SamplingNumbers, draw, sample
 
 SMALLEST_BUCKET = 16
@@ -83,20 +85,26 @@ def fused_steps(
     state: State,
     key: PRNGKeyArray,
     numbers: SamplingNumbers,
+    boxes: Boxes | None = None,
     *,
     greedy: bool,
     interpret: bool = False,
 ) -> tuple[Int[Array, "burst b"], State]:
     """`BURST` more tokens of each text by the step of few kernels, without the host. Donate the state.
 
-    Each text is drawn as it would be alone. `greedy` takes the likeliest tokens; it is not traced, since a
-    branch on the device would make the host wait.
+    Each text is drawn as it would be alone. `boxes` are for `BURST` times the `exchanges` of a step. `greedy`
+    takes the likeliest tokens; it is not traced, since a branch on the device would make the host wait.
     """
     model: Decoder = jax.tree.unflatten(structure, leaves)
 
-    def one(state: State, _: None) -> tuple[State, jax.Array]:
+    def one(state: State, index: jax.Array) -> tuple[State, jax.Array]:
         keys, values, lengths, tokens = state
-        logits, keys, values = fused_step(model, tokens, keys, values, lengths, interpret=interpret)
+        mine = None
+        if boxes is not None:
+            mine = dataclasses.replace(boxes, turn=boxes.turn + index * exchanges(model, tokens.shape[0]))
+        logits, keys, values = fused_step(
+            model, tokens, keys, values, lengths, boxes=mine, interpret=interpret
+        )
         lengths = lengths + 1
         if greedy:
             tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -105,5 +113,5 @@ def fused_steps(
             tokens = jax.vmap(lambda row, key: draw(row[None], key, numbers)[0])(logits, each)
         return State(keys, values, lengths, tokens), tokens
 
-    state, tokens = jax.lax.scan(one, state, length=BURST)
+    state, tokens = jax.lax.scan(one, state, jnp.arange(BURST))
     return tokens, state

@@ -7,20 +7,14 @@ import pytest
 from benchmarks.scale import multi_gpu
 
 
-def test_each_set_of_flags_has_its_process():
-    found = multi_gpu.processes(["decode", "flags"])
-    assert [part for part, *_ in found] == ["decode", *["flags"] * len(multi_gpu.FLAGS)]
-    assert {flags for *_, flags in found} == set(multi_gpu.FLAGS.values())
-
-
 @pytest.mark.parametrize(
     ("part", "seconds", "error"), [("restore", 0.1, "not done after"), ("unknown", 60, "ended with status 2")]
 )
 def test_what_fails_is_reported(tmp_path, part, seconds, error):
-    multi_gpu.run_process(part, "label", "", tmp_path, True, seconds)
+    multi_gpu.run_process(part, tmp_path, True, seconds)
     [line] = (tmp_path / "lines.jsonl").read_text().splitlines()
     found = json.loads(line)
-    assert (found["part"], found["label"]) == (part, "label")
+    assert found["part"] == part
     assert error in found["error"]
 
 
@@ -30,7 +24,7 @@ def test_an_exception_is_reported(tmp_path, monkeypatch):
         raise RuntimeError("no such GPU")
 
     monkeypatch.setattr(multi_gpu, "work", lambda part: fails)
-    multi_gpu.within("decode", "decode", tmp_path, True)
+    multi_gpu.within("decode", tmp_path, True)
     first, second = map(json.loads, (tmp_path / "lines.jsonl").read_text().splitlines())
     assert first["found"] == 1
     assert "no such GPU" in second["error"]

@@ -8,15 +8,18 @@ from collections import Counter
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.speed.models import packed_parameters
 from pallas_kernels import aot
+from pallas_kernels.decode_step import Boxes
 from svsk_jax.known_models import KNOWN
 from svsk_jax.model import Decoder, KVCache
 from svsk_jax.model.fused_step import fused_step
 from svsk_jax.model.laid_out import lay_out_parameters
 from svsk_jax.parallel import DATA, MODEL, sharding
+from svsk_jax.parallel.boxes import SPECS
 from svsk_jax.parallel.decoder import on_mesh
 from svsk_jax.parallel.parameters import config_of_share
 
@@ -85,17 +88,19 @@ def of_a_step(batch):
     return expected | {"svsk_residual": expected["svsk_residual"] + 1, "svsk_int8": 1}
 
 
+@pytest.mark.parametrize("by_boxes", [False, True], ids=["by XLA", "by boxes"])
 @pytest.mark.parametrize("batch", [1, BATCH])
-def test_the_fused_step_over_two_devices(batch):
+def test_the_fused_step_over_two_devices(batch, by_boxes):
     axes = ((DATA, 1), (MODEL, 2))
     share = config_of_share(CONFIG, 2)
     held = dataclasses.replace(share, vocab_size=CONFIG.vocab_size // 2)
     tokens = jax.ShapeDtypeStruct((batch,), jnp.int32)
     weights, _ = abstract_step(tokens, held)
 
-    def fused(parameters, tokens, keys, values, lengths):
+    def fused(parameters, tokens, keys, values, lengths, boxes):
         model = Decoder(share, parameters, jnp.bfloat16, axis=MODEL)
-        logits, keys, values = fused_step(model, tokens, keys, values, lengths)
+        boxes = boxes if by_boxes else None
+        logits, keys, values = fused_step(model, tokens, keys, values, lengths, boxes=boxes)
         return jnp.argmax(logits, axis=-1), keys, values
 
     with aot.targeting("sm_90", axes) as mesh:
@@ -105,12 +110,19 @@ def test_the_fused_step_over_two_devices(batch):
         )
         shape = (batch, 16, CONFIG.num_kv_heads, CONFIG.head_dim)
         cache = (jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=heads),) * CONFIG.num_layers
-        step = on_mesh(mesh, fused, (P(), heads.spec, heads.spec, P()), (P(), heads.spec, heads.spec))
-    compiled, _ = aot.compile_for(step, (shares, tokens, cache, cache, tokens), "sm_90", axes)
+        step = on_mesh(mesh, fused, (P(), heads.spec, heads.spec, P(), SPECS), (P(), heads.spec, heads.spec))
+        boxes = Boxes(
+            addresses=jax.ShapeDtypeStruct(
+                (1, 2, 5), jnp.int32, sharding=NamedSharding(mesh, SPECS.addresses)
+            ),
+            turn=jax.ShapeDtypeStruct((1,), jnp.int32),
+        )
+    compiled, _ = aot.compile_for(step, (shares, tokens, cache, cache, tokens, boxes), "sm_90", axes)
     text = compiled.as_text()
-    assert launches(text) == of_a_step(batch)
     # A sum behind o and down, and one for the embedding; the logits are gathered.
-    assert len(re.findall(r" = .*? all-reduce-start\(", text)) == 2 * CONFIG.num_layers + 1
+    sums = 2 * CONFIG.num_layers
+    assert launches(text) == of_a_step(batch) | ({"svsk_exchange": sums} if by_boxes else {})
+    assert len(re.findall(r" = .*? all-reduce-start\(", text)) == (0 if by_boxes else sums) + 1
     assert len(re.findall(r" = .*? all-gather-start\(", text)) == 1
     # The parts of one token are summed as they are, by the devices' exchange alone.
     assert batch > 1 or "loop_reduce_fusion" not in text

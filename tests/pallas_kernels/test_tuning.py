@@ -11,6 +11,7 @@ from pallas_kernels.svsk_matmul import search, tuning
 from pallas_kernels.svsk_matmul.figures import abstract_weight
 from pallas_kernels.svsk_matmul.shapes import MODELS, unique_shapes
 from pallas_kernels.svsk_matmul.tuning import Blocks, candidates, configuration, heuristic, table, table_path
+from svsk_jax.cli.tune_kernels import shape_of
 
 H100 = "NVIDIA H100 80GB HBM3"
 
@@ -116,3 +117,10 @@ def test_a_chain_calls_on_every_operand():
 
 def test_shapes_of_models():
     assert all(set(shapes) == {"qkv", "o", "gate_up", "down"} for shapes in MODELS.values())
+
+
+def test_shapes_given_by_hand():
+    assert shape_of("3072x4096") == (3072, 4096)
+    for wrong in ("3072", "3072x", "0x4096", "3072x4096x1"):
+        with pytest.raises(ValueError, match="expected rows x columns"):
+            shape_of(wrong)

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from peer_memory import Memory, boxes_of, emulate
 from support import TINY, MemorySource, byte_tokenizer
 from weights import random_int8, random_weight
 
 from svsk_jax.model import Decoder, KVCache, Mixture
 from svsk_jax.model import fused_step as fused_module
-from svsk_jax.model.fused_step import fused_step
+from svsk_jax.model.fused_step import exchanges, fused_step
 from svsk_jax.model.laid_out import lay_out_parameters
 from svsk_jax.model.parameters import QUANTIZED_LINEARS, layer_parameters, random_parameters
 from svsk_jax.models import load_model
@@ -21,6 +22,8 @@ from svsk_jax.parallel import make_mesh
 from svsk_jax.parallel.decoder import load_parallel, on_mesh
 from svsk_jax.runtime import TextGenerator, generate_batch, steps
 from svsk_jax.runtime import generate as generate_module
+from svsk_jax.runtime.on_mesh import step_on_mesh
+from svsk_jax.runtime.sampling import SamplingConfig
 
 PACKED = dataclasses.replace(
     TINY, num_layers=1, hidden_size=128, intermediate_size=512, num_heads=8, num_kv_heads=2, head_dim=64
@@ -141,6 +144,28 @@ def test_the_fused_step(small_sum, one_token, monkeypatch):
     found, found_keys, _ = jax.jit(step)(spread.shares, tokens, cache.keys, cache.values, lengths)
     assert relative(found, logits) < 2e-3
     np.testing.assert_allclose(found_keys[0], keys[0], atol=1e-2)
+
+
+def test_a_burst_that_adds_up_through_boxes(one_token, monkeypatch):
+    """Two bursts, as one device makes them."""
+    emulate(monkeypatch, Memory(2))
+    source, (tokens, cache, lengths), _ = one_token
+    alone = Decoder(PACKED, laid_out(source.parameters), jnp.float16)
+    spread = load_parallel(source, jnp.float16, make_mesh(1, 2), lay_out=laid_out)
+    turns = steps.BURST * exchanges(spread.shares, 1)
+    assert turns == steps.BURST * 2
+
+    def two(model, *boxes):
+        leaves, structure = jax.tree.flatten(model.shares if boxes else model)
+        step = partial(steps.fused_steps, structure, greedy=True, interpret=True)
+        step = jax.jit(step_on_mesh(spread.mesh, step) if boxes else step)
+        state, found = steps.State(cache.keys, cache.values, lengths, tokens), []
+        for each in boxes or (None, None):
+            more, state = step(leaves, state, jax.random.key(0), SamplingConfig().numbers, each)
+            found += np.asarray(more)[:, 0].tolist()
+        return found
+
+    assert two(spread, boxes_of(2, 1), boxes_of(2, 1 + turns)) == two(alone)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,109 @@
+"""Memories of GPUs that write into each other: assembly of `decode_step.exchange`, read by an interpreter."""
+
+import re
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.decode_step.exchange import LARGEST, WORD, Boxes
+from svsk_jax.parallel.boxes import address_rows
+
+BASE = 0x7F12F8000000
+"""Of the first box: its lower half is negative as an int32."""
+STRIDE = 1 << 33
+PATIENCE = 30.0
+U64 = np.uint64
+
+
+class Memory:
+    """The boxes of some devices, as words of 64 bits by address."""
+
+    def __init__(self, devices):
+        self.devices = devices
+        self.boxes = np.zeros((devices, 2 * devices * LARGEST), U64)
+        self.late = np.random.default_rng(0)
+        self.stores = 0
+
+    def place(self, address):
+        box, byte = np.divmod(address.astype(np.int64) - BASE, STRIDE)
+        assert set(box) <= set(range(self.devices))
+        assert not (byte % WORD).any()
+        return box, byte // WORD
+
+    def run(self, assembly, *inputs):
+        """Every lane's $0; the lanes of a program go on together."""
+        time.sleep(0.01 * self.late.random())
+        give_up = time.monotonic() + PATIENCE
+        held = {f"${index + 1}": np.asarray(value) for index, value in enumerate(inputs)}
+        lanes = len(held["$1"])
+        lines = [line.strip() for line in re.split(r";|(?<=:)\n", re.sub(r"\.reg [^;]*;", "", assembly))]
+        lines = [line.strip("{} \n") for line in lines if line.strip("{} \n")]
+        at = 0
+
+        def bits(name, kind):
+            if not re.match(r"[$a-z]", name):
+                number = int(name[2:], 16) if name.startswith("0f") else int(name)
+                return np.full(lanes, number, kind)
+            value = held[name]
+            return value if value.dtype == kind else value.view(kind)
+
+        while at < len(lines):
+            line, at = lines[at], at + 1
+            if line.endswith(":"):
+                continue
+            operation, rest = line.split(" ", 1)
+            names = re.findall(r"[$\w]+", rest)
+            if operation.startswith("@"):
+                if held[operation[1:]].any():
+                    assert time.monotonic() < give_up, "waits for ever"
+                    time.sleep(1e-4)
+                    at = lines.index(names[1] + ":")
+            elif operation == "mov.b64" and "{" in rest and rest.startswith("{"):
+                word = bits(names[2], U64)
+                held[names[0]] = word.astype(np.uint32).view(np.float32)
+                held[names[1]] = (word >> U64(32)).astype(np.uint32)
+            elif operation == "mov.b64" and "{" in rest:
+                low, high = (bits(name, np.uint32).astype(U64) for name in names[1:])
+                held[names[0]] = low | high << U64(32)
+            elif operation in ("mov.b64", "mov.f32"):
+                held[names[0]] = bits(names[1], U64 if operation == "mov.b64" else np.float32)
+            elif operation == "cvt.u64.u32":
+                held[names[0]] = bits(names[1], np.uint32).astype(U64)
+            elif operation == "add.u64":
+                held[names[0]] = bits(names[1], U64) + bits(names[2], U64)
+            elif operation == "add.f32":
+                held[names[0]] = bits(names[1], np.float32) + bits(names[2], np.float32)
+            elif operation in ("setp.eq.u32", "setp.ne.u32"):
+                same = bits(names[1], np.uint32) == bits(names[2], np.uint32)
+                held[names[0]] = same if operation == "setp.eq.u32" else ~same
+            elif operation == "selp.b64":
+                held[names[0]] = np.where(held[names[3]], bits(names[1], U64), bits(names[2], U64))
+            elif operation == "st.relaxed.sys.global.b64":
+                self.boxes[self.place(held[names[0]])] = held[names[1]]
+                self.stores += 1
+            elif operation == "ld.relaxed.sys.global.b64":
+                held[names[0]] = self.boxes[self.place(held[names[1]])]
+            else:
+                raise AssertionError(f"unknown: {line}")
+        return held["$0"]
+
+
+def boxes_of(devices, turn):
+    """As `parallel.boxes` makes them, of boxes that lie in a `Memory`."""
+    rows = address_rows([BASE + index * STRIDE for index in range(devices)])
+    return Boxes(addresses=jnp.asarray(rows[None]), turn=jnp.asarray([turn], jnp.int32))
+
+
+def emulate(patch, memory):
+    """Have kernels in interpret mode run their assembly on a `Memory`."""
+
+    def emulated(assembly, *, args, constraints, pack, result_shape_dtypes):
+        assert constraints.split(",") == ["=f", "f", *["r"] * (len(args) - 1)]
+        assert pack == 1
+        return [jax.pure_callback(partial(memory.run, assembly), result_shape_dtypes[0], *args)]
+
+    patch.setattr(plgpu, "elementwise_inline_asm", emulated)
