@@ -23,7 +23,7 @@ from svsk_jax.runtime.on_mesh import step_on_mesh
 from svsk_jax.runtime.sampling import SamplingConfig
 
 CONTEXT = 1024
-LAYERS_FOR_FLAGS = 8
+FEW_LAYERS = 8
 TOLERANCE = 1e-2
 """Of logits: x is rounded to f16, the residual stream's sums are in another order."""
 Model = Decoder | ParallelDecoder
@@ -124,7 +124,7 @@ def decode(tiny: bool, report: Callable[..., None]) -> None:
         model = on_devices(tiny, None, devices)
         boxes = boxes_of(model, report)
         report(devices=devices, made=True)
-        for way in ([BOXES] if boxes is not None else []) + ["XLA"]:
+        for way in ["XLA"] + ([BOXES] if boxes is not None else []):
             for batch in batches:
                 held = boxes if way == BOXES else None
                 ms = 1e3 * median_seconds(burst(model, batch, tiny, held)) / steps.BURST
@@ -138,8 +138,8 @@ def decode(tiny: bool, report: Callable[..., None]) -> None:
                     tokens_per_second=1e3 * batch / ms,
                     times_one_device=alone[batch][0] / ms,
                 )
-                if devices > 1 and (way == BOXES or boxes is None):
-                    compare(devices, batch, logits(model, batch, tiny, held), alone[batch][1], report)
+                if devices > 1:
+                    compare(devices, way, batch, logits(model, batch, tiny, held), alone[batch][1], report)
         del model
 
 
@@ -154,12 +154,13 @@ def boxes_of(model: Model, report: Callable[..., None]) -> PeerBoxes | None:
 
 
 def compare(
-    devices: int, batch: int, found: jax.Array, expected: jax.Array, report: Callable[..., None]
+    devices: int, way: str, batch: int, found: jax.Array, expected: jax.Array, report: Callable[..., None]
 ) -> None:
     error = relative(found, expected)
     same = jnp.mean(jnp.argmax(found, axis=-1) == jnp.argmax(expected, axis=-1))
     report(
         devices=devices,
+        way=way,
         batch=batch,
         logits_error=error,
         logits_equal=error < TOLERANCE,
@@ -171,7 +172,7 @@ def with_options(tiny: bool, report: Callable[..., None]) -> None:
     """Sums alone by each way, and the step at batch 1 on two devices by XLA as it is, by the fastest of its
     options and by boxes."""
     found = exchanges(tiny, report)
-    model = on_devices(tiny, LAYERS_FOR_FLAGS, 2)
+    model = on_devices(tiny, FEW_LAYERS, 2)
     ways = ["as it is"]
     if not tiny:
         ways.append(min((us, way) for way, us in found.items() if way != BOXES)[1])
@@ -187,7 +188,7 @@ def with_options(tiny: bool, report: Callable[..., None]) -> None:
 def kernels(tiny: bool, report: Callable[..., None]) -> None:
     """Device time of a token on one and on two devices, by kernel, without CUDA graphs."""
     for devices in counts(tiny)[:2]:
-        model = on_devices(tiny, LAYERS_FOR_FLAGS, devices)
+        model = on_devices(tiny, FEW_LAYERS, devices)
         for batch in (1,) if tiny else (1, 16):
             call = burst(model, batch, tiny, boxes_of(model, report))
             if tiny:

@@ -18,18 +18,9 @@ SUMS = 72
 """Of a token of Qwen3-8B, two in each layer."""
 NUMBERS = (4096, 16 * 4224)
 """What is summed at batch 1 and at batch 16."""
-IN_GRAPHS = {
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,"
-    "DYNAMIC_SLICE_FUSION,COLLECTIVES"
-}
-BY_NCCL = {"xla_gpu_experimental_use_collective_kernels": "COLLECTIVE_KERNEL_INVALID"}
-ONE_STREAM = {"xla_gpu_disable_async_collectives": "ALLREDUCE,ALLGATHER"}
 OPTIONS: dict[str, dict[str, Any]] = {
     "as it is": {},
-    "one stream": ONE_STREAM,
-    "NCCL": BY_NCCL,
-    "NCCL in CUDA graphs": BY_NCCL | IN_GRAPHS,
-    "NCCL in CUDA graphs, one stream": BY_NCCL | IN_GRAPHS | ONE_STREAM,
+    "one stream": {"xla_gpu_disable_async_collectives": "ALLREDUCE,ALLGATHER"},
 }
 """Options of XLA, by what they do to sums between GPUs."""
 BOXES = "boxes"

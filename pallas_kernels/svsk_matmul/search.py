@@ -88,9 +88,9 @@ def search(
         if time.monotonic() > deadline:
             break
         weights = copies(lay_out(random_weight(jax.random.key(1), *shape)))
-        best = found.setdefault(shape_key(weights[0]), {})
+        best: dict[str, dict[str, int]] = {}
         for batch in batches:
-            if time.monotonic() > deadline:
+            if best and time.monotonic() > deadline:
                 break
             choices = candidates(weights[0], batch)
             times = blocks_times(weights, batch, choices)
@@ -101,4 +101,5 @@ def search(
             }
             if on_shape is not None:
                 on_shape(shape, batch, blocks, times[fastest])
+        found[shape_key(weights[0])] = best
     return found

@@ -82,18 +82,17 @@ def table_path(device_kind: str, folder: Path = TABLES) -> Path:
 
 @cache
 def table(device_kind: str) -> dict[str, dict[int, Blocks]]:
-    """Tuned blocks by padded shape and batch; empty for a kind of device that has not been tuned."""
+    """Tuned blocks by padded shape and batch, those of the user's folder before these; empty for a kind of
+    device that has not been tuned."""
     paths = [table_path(device_kind)]
     if FOLDER_VARIABLE in os.environ:
-        paths.insert(0, table_path(device_kind, Path(os.environ[FOLDER_VARIABLE])))
-    path = next((path for path in paths if path.exists()), None)
-    if path is None:
-        return {}
-    blocks = json.loads(path.read_text(encoding="utf-8"))["blocks"]
-    return {
-        shape: {int(batch): Blocks(**found, batch=int(batch)) for batch, found in batches.items()}
-        for shape, batches in blocks.items()
-    }
+        paths.append(table_path(device_kind, Path(os.environ[FOLDER_VARIABLE])))
+    tuned: dict[str, dict[int, Blocks]] = {}
+    for path in filter(Path.exists, paths):
+        for shape, batches in json.loads(path.read_text(encoding="utf-8"))["blocks"].items():
+            blocks = {int(batch): Blocks(**found, batch=int(batch)) for batch, found in batches.items()}
+            tuned[shape] = tuned.get(shape, {}) | blocks
+    return tuned
 
 
 def heuristic(weight: TritonWeight, m: int) -> Blocks:

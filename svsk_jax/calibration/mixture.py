@@ -23,6 +23,17 @@ class Chunks:
     counts: Mapping[str, int]
 
 
+def check_chunks(chunks: Chunks) -> None:
+    """ValueError unless the ids are whole numbers [chunks, length], at least one, as `counts` says."""
+    ids = chunks.ids
+    if ids.ndim != 2 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(
+            f"chunks: expected integers [chunks, length], at least one, got {ids.dtype} {ids.shape}"
+        )
+    if sum(chunks.counts.values()) != len(ids):
+        raise ValueError(f"chunks: their counts give {sum(chunks.counts.values())}, there are {len(ids)}")
+
+
 def parse_mixture(texts: Sequence[str]) -> dict[str, float]:
     """Weight of each source in a list of `source` or `source=weight` (1 when not given).
 

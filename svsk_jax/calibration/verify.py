@@ -14,7 +14,8 @@ def holds_statistics(folder: Path) -> bool:
 
 
 def verify_statistics(folder: Path, on_file: Callable[[int, int], None] | None = None) -> Verification:
-    """Read every array of statistics and compare its SHA-256 with the one stored with it.
+    """Read every array of statistics and compare its SHA-256 with the one stored with it. The manifest, and
+    what a layer notes of its experts, have none.
 
     Args:
         folder: of the statistics.
@@ -26,22 +27,29 @@ def verify_statistics(folder: Path, on_file: Callable[[int, int], None] | None =
     files = Statistics.open(folder).manifest.get("files")
     if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
         raise ValueError(f"{folder}: {MANIFEST} is damaged; {AGAIN}")
-    tensors, damaged = 0, {}
+    tensors = 0
+    damaged: dict[str, str] = {}
     for done, file in enumerate(files, start=1):
-        try:
-            arrays = StoredArrays(folder / file)
-        except ValueError as error:
-            damaged[file] = str(error)
-            continue
-        for name in arrays:
-            tensors += 1
-            try:
-                differs = arrays.differs(name)
-            except ValueError as error:
-                damaged[f"{file}: {name}"] = str(error)
-                continue
-            if differs:
-                damaged[f"{file}: {name}"] = DIFFERS
+        read, found = _verify_file(folder / file)
+        tensors += read
+        damaged |= {f"{file}{where}": why for where, why in found.items()}
         if on_file:
             on_file(done, len(files))
     return Verification(tensors=tensors, damaged=damaged)
+
+
+def _verify_file(path: Path) -> tuple[int, dict[str, str]]:
+    """How many arrays a file has, and what is wrong with it, or with each."""
+    try:
+        arrays = StoredArrays(path)
+    except ValueError as error:
+        return 0, {"": str(error)}
+    damaged = {}
+    names = list(arrays)
+    for name in names:
+        try:
+            if arrays.differs(name):
+                damaged[f": {name}"] = DIFFERS
+        except ValueError as error:
+            damaged[f": {name}"] = str(error)
+    return len(names), damaged

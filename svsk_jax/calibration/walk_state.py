@@ -97,8 +97,8 @@ class WalkState:
         count, rest = divmod(size, int(np.prod(shape)) * np.dtype(dtype).itemsize)
         if rest or count < 1 or not _is_whole(path, size):
             raise ValueError(
-                f"{path}: damaged, so that calibration cannot go on from there; remove {self.folder.parent} "
-                "and calibrate again"
+                f"{path}: damaged, so that calibration cannot go on from there; remove this file, to go on "
+                "from the start"
             )
         with path.open("rb") as file:
             for _ in range(count):

@@ -24,6 +24,7 @@ from svsk_jax.model.source import ModelSource
 from svsk_jax.models import load_model, open_model
 from svsk_jax.parallel.distributed import agree, barrier, is_distributed, is_lead
 from svsk_jax.pipeline import Plan
+from svsk_jax.pipeline.options import remove_options
 from svsk_jax.pipeline.run import KEPT
 from svsk_jax.quant.types import DEFAULT_RECIPE, recipe
 from svsk_jax.xla_flags import take_library_products
@@ -79,17 +80,10 @@ class Autotune(MemoryFlags, MeshFlags, ModelFlags, Verb):
                 max_memory=self.limit,
                 on_progress=on_progress,
             )
-            # Measuring takes more memory than all before, and what was found took hours.
-            if is_lead():
-                tuned.plan.save(self.output)
             measured = {}
             if self.measure == "on":
                 plans = {"default": tuned.default, "tuned": tuned.plan}
                 measured = self._measure(source, statistics, plans, scratch, mesh, on_progress)
-            if is_lead() and self.calib_stats is None:
-                shutil.rmtree(statistics.folder)
-                with suppress(OSError):  # something else is in it
-                    work.rmdir()
         result = {
             "predicted_nats": {
                 "default": tuned.default.predicted_nats,
@@ -100,6 +94,10 @@ class Autotune(MemoryFlags, MeshFlags, ModelFlags, Verb):
         }
         if is_lead():
             tuned.plan.save(self.output, {"tuning": result})
+            # Until here a run that is cut short finds what took hours.
+            if self.calib_stats is None:
+                shutil.rmtree(statistics.folder)
+            remove_options(work)
         unit = "nats" if statistics.has_sensitivity else "as the sum of layer errors"
         for name, plan in (("default", tuned.default), ("tuned", tuned.plan)):
             line = f"{name}: predicted {plan.predicted_nats:.4f} {unit}"
@@ -129,7 +127,9 @@ class Autotune(MemoryFlags, MeshFlags, ModelFlags, Verb):
         try:
             yield
         except BaseException as error:
-            if work.is_dir() and any(work.iterdir()) and not self.output.exists():
+            with suppress(OSError):  # where there is none, or something is in it
+                work.rmdir()
+            if work.is_dir():
                 error.add_note(f"{KEPT} in {work}: go on with the same command")
             raise
 

@@ -47,6 +47,8 @@ class TuneKernels(Verb):
         wrong = [batch for batch in self.batches if batch not in BATCHES]
         if wrong:
             raise ValueError(f"--batches {wrong}: choose from {', '.join(map(str, BATCHES))}")
+        if not self.seconds > 0:
+            raise ValueError(f"--seconds {self.seconds}: expected more than 0")
         shapes = [shape_of(text) for text in self.shapes] or unique_shapes(self.models)
         without_graphs()
         reason = why_no_triton("bfloat16")

@@ -12,11 +12,11 @@ from jax.typing import DTypeLike
 
 from svsk_jax.calibration.store import Statistics
 from svsk_jax.model.source import ModelSource
-from svsk_jax.parallel.distributed import barrier, is_lead
+from svsk_jax.parallel.distributed import barrier
 from svsk_jax.parallel.groups import DeviceGroups
 from svsk_jax.pipeline.checks import default_dtype, refuse_packed, refuse_polish
 from svsk_jax.pipeline.memory import Machine, plan_quantization
-from svsk_jax.pipeline.options import measured_options, options_file, remove_options
+from svsk_jax.pipeline.options import measured_options, options_file
 from svsk_jax.pipeline.plan import Choices, Plan, layers_ahead, measuring, spend
 from svsk_jax.pipeline.progress import OnProgress, Progress
 from svsk_jax.pipeline.quantize import within
@@ -60,8 +60,8 @@ def autotune(
         source: the unquantized model.
         statistics: from `calibrate` on it.
         config: a recipe that allocates; its bits are the budget.
-        work: folder for each layer's measurements. A run that was cut short goes on from there; it is removed
-            at the end.
+        work: folder for each layer's measurements, from which a run that was cut short goes on;
+            `options.remove_options` clears it once they are of no more use.
         recipe: name for the plan.
         choices: what is tried beside the recipe's own choices.
         dtype: that weights are read in; default f32 on CPU, bf16 elsewhere.
@@ -110,8 +110,6 @@ def autotune(
     plain = spend({name: [o for o in listed if _is_own(o, own)] for name, listed in options.items()}, config)
     # `allocate` is only nearly optimal: with more to choose from it may do a little worse.
     best = min(best, plain, key=lambda allocation: allocation.nats)
-    if is_lead():
-        remove_options(work)
     return Tuned(
         plan=Plan(recipe=recipe, config=config, tensors=best.plans, predicted_nats=best.nats),
         default=Plan(recipe=recipe, config=config, tensors=plain.plans, predicted_nats=plain.nats),

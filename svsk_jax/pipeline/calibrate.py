@@ -24,7 +24,7 @@ from svsk_jax.calibration.experts import (
     moments_by_expert,
     sensitivities_by_expert,
 )
-from svsk_jax.calibration.mixture import Chunks
+from svsk_jax.calibration.mixture import Chunks, check_chunks
 from svsk_jax.calibration.passes import Walk
 from svsk_jax.calibration.streams import Streams
 from svsk_jax.calibration.walk_state import START, Place, WalkState
@@ -42,6 +42,7 @@ from svsk_jax.pipeline.run import CalibrationRun, discard, unfinished_run
 from svsk_jax.quant.types import SENSITIVITY_TILE
 from svsk_jax.storage.atomic import recover
 from svsk_jax.storage.behind import OneBehind
+from svsk_jax.storage.durable import sync
 from svsk_jax.storage.lock import locked
 
 
@@ -74,7 +75,7 @@ def calibrate(
         resume: go on with an unfinished run of the same model, text, settings, devices and versions, if there
             is one. A finished one is left as it is.
         dtype: of the activations; default f32 on CPU, bf16 elsewhere.
-        chunks: tokens to measure on, in place of those of the text that `calibration` names.
+        chunks: tokens to measure on, in place of the text, number and length that `calibration` names.
         mesh: `data` × `model` devices to work on; default all, along `data`.
         max_memory: bytes that may be held (`pipeline.memory`); batches are then no larger than fits, and
             residual streams go where there is room.
@@ -86,14 +87,23 @@ def calibrate(
         warning tells too.
 
     Raises:
-        ValueError: text too short, model already quantized, an unfinished run of something else or a damaged
-            one, more memory needed than `max_memory`.
+        ValueError: text too short, chunks that are no tokens, model already quantized, an unfinished run of
+            something else or a damaged one, more memory needed than `max_memory`.
         FileExistsError: `output` exists, an unfinished run for it does, or another run is writing to it.
         OSError: too little disk space.
     """
     watch = Stopwatch()
     dtype = default_dtype() if dtype is None else dtype
     mesh = make_mesh() if mesh is None else mesh
+    if chunks is not None:
+        check_chunks(chunks)
+        count, length = chunks.ids.shape
+        calibration = dataclasses.replace(
+            calibration,
+            chunks=count,
+            chunk_length=length,
+            fisher_chunks=min(calibration.fisher_chunks, count),
+        )
     run = CalibrationRun(output)
     has_text = chunks is not None or run.text.is_file()
     machine = Machine.of(mesh, dtype)
@@ -236,7 +246,9 @@ def _finished(run: CalibrationRun, identity: Mapping[str, Any]) -> bool:
 def _clear_up(run: CalibrationRun) -> None:
     """Make a run's folder for statistics, and remove what a process that was killed left half done."""
     run.made.mkdir(exist_ok=True)
-    for left in [*run.folder.glob(f"{SPILL}*"), *run.made.glob(f".{store.MANIFEST}*")]:
+    sync(run.folder)
+    partial = run.walk.glob("*.partial")
+    for left in [*run.folder.glob(f"{SPILL}*"), *run.made.glob(f".{store.MANIFEST}*"), *partial]:
         if left.is_dir():
             shutil.rmtree(left)
         else:
@@ -254,7 +266,8 @@ def _so_far(run: CalibrationRun, state: WalkState, layers: int) -> tuple[Place, 
         )
     except ValueError as error:
         raise ValueError(
-            f"--resume: a finished layer is damaged; first remove {run.folder} ({error})"
+            f"--resume: a finished layer is damaged ({error}); remove {run.walk}, to measure all of them "
+            "again"
         ) from error
 
 

@@ -21,6 +21,9 @@ from svsk_jax.pipeline.plan import Plan
 from svsk_jax.quant.types import QuantConfig
 from svsk_jax.storage.arrays import sha256
 
+FORMAT = 2
+"""Of unfinished runs: their files and what is in them."""
+
 
 def run_identity(
     source: ModelSource,
@@ -67,6 +70,7 @@ def calibration_identity(
 
 def _machine(dtype: DTypeLike) -> dict[str, Any]:
     return {
+        "format": FORMAT,
         "dtype": jnp.dtype(dtype).name,
         "device": jax.devices()[0].device_kind,
         "versions": {name: version(name) for name in ("svsk-jax", "jax", "jaxlib")},

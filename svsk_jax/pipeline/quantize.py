@@ -104,7 +104,8 @@ def quantize(
         recipe: its name, for the metadata.
         calibration: text to calibrate on, unless `statistics` of an earlier run are given.
         statistics: from `calibrate` on the same model.
-        overwrite: replace a model that svsk wrote, or an unfinished run.
+        overwrite: replace a model that svsk wrote, or an unfinished run; with `resume`, only one of something
+            else.
         resume: go on with an unfinished run of the same model, text, recipe and versions, if there is one. A
             finished one is left as it is.
         dtype: of the calibration passes; default f32 on CPU, bf16 elsewhere.

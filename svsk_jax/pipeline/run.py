@@ -18,6 +18,7 @@ of a quantization:
 
 import json
 import shutil
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from svsk_jax.parallel.distributed import barrier, is_lead
 from svsk_jax.pipeline.identity import differences
 from svsk_jax.storage.atomic import check_output, place, write_json
 from svsk_jax.storage.checkpoint import MARKER, ModelWriter
+from svsk_jax.storage.durable import sync, sync_tree
 from svsk_jax.storage.handover import Handover
 
 IDENTITY = "run.json"
@@ -140,7 +142,8 @@ def unfinished_run(run: R, identity: Mapping[str, Any], *, overwrite: bool, resu
     Args:
         run: what is to be made; its output to be locked by the caller.
         identity: from `pipeline.identity`.
-        overwrite: replace a finished output, and start over unless `resume` can go on.
+        overwrite: replace a finished output, and start over unless `resume` can go on; a run of something
+            else is then discarded with a warning.
         resume: go on with an unfinished run, if there is one.
 
     Raises:
@@ -164,6 +167,12 @@ def unfinished_run(run: R, identity: Mapping[str, Any], *, overwrite: bool, resu
             f"{'; '.join(differences(begun, identity))}. Run what it was started with, or start over with "
             "--overwrite, or give another --output"
         )
+    if begun is not None and resume and begun != identity:
+        warnings.warn(
+            f"the unfinished run for {run.output} differs from this one and is discarded: "
+            f"{'; '.join(differences(begun, identity))}",
+            stacklevel=3,
+        )
     try:
         if begun is None or not resume or begun != identity:
             _start_over(run.folder, identity)
@@ -183,6 +192,8 @@ def _start_over(folder: Path, identity: Mapping[str, Any]) -> None:
         discard(folder)
         folder.mkdir(parents=True)
         write_json(folder / IDENTITY, identity)
+        sync_tree(folder)
+        sync(folder.parent)
     except BaseException:
         discard(folder)
         raise

@@ -35,7 +35,9 @@ def rename(source: Path, target: Path) -> None:
 def durable_file(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to. When the block ends well `path` is that file, whole and on the disk;
     when it does not, nothing is left. A process killed meanwhile leaves `<name>.partial`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.is_dir():
+        path.parent.mkdir(parents=True)
+        sync(path.parent.parent)
     partial = path.with_name(f"{path.name}.partial")
     try:
         yield partial

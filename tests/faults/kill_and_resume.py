@@ -231,7 +231,8 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--verbs", nargs="+", default=[verb for verb, *_ in COMMANDS])
+    verbs = [verb for verb, *_ in COMMANDS]
+    parser.add_argument("--verbs", nargs="+", choices=verbs, default=verbs)
     arguments = parser.parse_args()
     for verb, flags, seconds in COMMANDS:
         if verb in arguments.verbs:

@@ -18,4 +18,4 @@ def test_a_killed_calibration_ends_in_the_same_bytes(tmp_path):
     faults.undisturbed()
     # After the text and the first layer.
     found = faults.disturb("run", iter([Moment(steps=2, seconds=0.0)]))
-    assert found[0] != "text"
+    assert found[0] not in ("nothing", "text")
