@@ -32,7 +32,7 @@ from svsk_jax.xla_flags import take_library_products
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Autotune(MemoryFlags, MeshFlags, ModelFlags, Verb):
-    """Choose group size, codebook, sidecar tile and ranks of every linear for a budget of bytes, and write
+    """Choose group size, codebook and ranks of every linear for a budget of bytes, and write
     a recipe file for `svsk quantize --recipe FILE`. A run that was cut short is taken up by the same command,
     which calibrates and measures what is still to be calibrated and measured."""
 
