@@ -228,7 +228,8 @@ def remove_tokenizer(folder):
     ("change", "words"),
     [
         (truncate, ["model.safetensors", "truncated"]),
-        (edit_tensor("model.layers.1.mlp.up_proj.weight", put_nan), ["model.layers.1.mlp.up_proj.weight"]),
+        # In the first layer: the statistics of those before it are kept.
+        (edit_tensor("model.layers.0.mlp.up_proj.weight", put_nan), ["model.layers.0.mlp.up_proj.weight"]),
         (edit_tensor("model.norm.weight", lambda value: value.astype(np.int32)), ["model.norm.weight"]),
         (edit_tensor("model.norm.weight", lambda value: value[:3].copy()), ["model.norm.weight", "3", "48"]),
         (rename_architecture, ["MambaForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM"]),
