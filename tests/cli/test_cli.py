@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from support import write_checkpoint
+from support import SQUARE, write_checkpoint
 
 from svsk_jax import pipeline
 from svsk_jax.cli import explain, main
@@ -95,7 +95,8 @@ def test_calibrate_then_quantize(checkpoint, quantized, tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:quantizing without the Fisher pass")
-def test_autotune_writes_a_recipe_that_quantize_takes(checkpoint, tmp_path, capsys):
+def test_autotune_writes_a_recipe_that_quantize_takes(tmp_path_factory, tmp_path, capsys):
+    checkpoint = write_checkpoint(tmp_path_factory.mktemp("square"), 0, SQUARE)
     stats, out, file = tmp_path / "stats", tmp_path / "out", tmp_path / "tuned.json"
     full = [*CALIB[:-1], "full", "--fisher", "off"]
     assert svsk("calibrate", "--model", checkpoint, "--output", stats, *full) == 0
