@@ -1,10 +1,12 @@
-"""Test-wide settings: eight fake CPU devices unless another platform is asked for, strict dtype promotion, no
-hub."""
+"""Test-wide settings: eight fake CPU devices unless another platform is asked for, programs compiled with few
+optimizations, strict dtype promotion, no hub."""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Compiling takes most of the tests' time, running little. Processes that tests start see it too.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

@@ -1,6 +1,7 @@
 """A model in memory as a `ModelSource`, and a byte-level tokenizer, for tests of what comes after
 conversion."""
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -30,6 +31,8 @@ TINY = ModelConfig(
     tie_word_embeddings=True,
 )
 """A small Llama whose sizes divide nothing in particular."""
+SQUARE = dataclasses.replace(TINY, hidden_size=32, intermediate_size=32, num_heads=4, num_kv_heads=4)
+"""All linears of one shape, for which quantizing is compiled once."""
 
 
 def write_checkpoint(folder: Path, seed: int, config: ModelConfig = TINY) -> Path:

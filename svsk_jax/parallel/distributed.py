@@ -4,6 +4,7 @@ All run the same program. Process 0, the lead, writes what belongs to the run as
 others wait for it at barriers. With one process everything here does nothing.
 """
 
+import atexit
 import contextlib
 import itertools
 import json
@@ -26,9 +27,12 @@ COORDINATOR_STAYS = 2.0
 """Seconds that the coordinator's process outlives another one's failure."""
 FAREWELL = 10.0
 """Seconds that a process which failed waits for the others to end."""
+WATCHES_EVERY = 0.5
+"""Seconds between looks whether another process has failed."""
 FAILURE, ENDED = "svsk/failure", "svsk/ended"
 
 _steps = itertools.count()
+_over = threading.Event()
 
 
 def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -53,7 +57,9 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
             f"--distributed: {str(error).splitlines()[0]}; give --coordinator HOST:PORT, --num-processes and "
             "--process-id, the same coordinator and number to each process"
         ) from error
-    threading.Thread(target=_watch, daemon=True).start()
+    watch = threading.Thread(target=_watch, daemon=True)
+    watch.start()
+    atexit.register(_end_watch, watch)
 
 
 def is_lead() -> bool:
@@ -103,8 +109,7 @@ def fail(status: int, message: str) -> None:
 def _watch() -> None:
     """End this process when another has failed: it may be waiting for that one in a collective."""
     state = runtime.global_state
-    while True:
-        time.sleep(0.5)
+    while not _over.wait(WATCHES_EVERY):
         client = state.client
         try:
             found = client and client.key_value_try_get(FAILURE)
@@ -121,6 +126,12 @@ def _watch() -> None:
             # Its end is that of the coordinator, where the one that failed still waits for the others.
             time.sleep(COORDINATOR_STAYS)
         _leave(status)
+
+
+def _end_watch(watch: threading.Thread) -> None:
+    """A thread that comes back from the client when Python has ended makes the process abort."""
+    _over.set()
+    watch.join(FAREWELL)
 
 
 def _say_ended() -> None:

@@ -20,11 +20,11 @@ def put(tree: Any, sharding: NamedSharding) -> Any:
 
 
 def readable(tree: Any) -> Any:
-    """The arrays in a form that each process can read with `np.asarray`. All processes of a mesh call it
-    together."""
+    """The tree with its arrays in a form that each process can read with `np.asarray`, other leaves as they
+    are. All processes of a mesh call it together."""
 
     def whole(value: Any) -> Any:
-        if isinstance(value, np.ndarray) or value.is_fully_addressable:
+        if not isinstance(value, jax.Array) or value.is_fully_addressable:
             return value
         if not value.is_fully_replicated:
             assert isinstance(value.sharding, NamedSharding)

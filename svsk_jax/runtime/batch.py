@@ -91,6 +91,7 @@ def _group(
         texts.append(_Text(prompt, budget, seconds))
         texts[-1].take(np.asarray(tokens)[:, 0].tolist(), generator.stop_ids)
     assert together is not None
+    together = generator.divided(together)
     step = generator.compiled_step(together, sampling)
     start = time.perf_counter()
     tokens, together = step(together)

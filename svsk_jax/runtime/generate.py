@@ -17,7 +17,7 @@ from svsk_jax.parallel import DATA
 from svsk_jax.parallel.decoder import ParallelDecoder
 from svsk_jax.runtime import steps
 from svsk_jax.runtime.detokenize import Detokenizer
-from svsk_jax.runtime.on_mesh import prefill_on_mesh, step_on_mesh
+from svsk_jax.runtime.on_mesh import divided, prefill_on_mesh, step_on_mesh
 from svsk_jax.runtime.sampling import SamplingConfig
 
 DEFAULT_CAPACITY = 4096
@@ -108,6 +108,7 @@ class TextGenerator:
         self.why_not_fused = why_not_fused(here)
         self.fused = self.why_not_fused is None
         self.copies = 1
+        self.mesh = model.mesh if isinstance(model, ParallelDecoder) else None
         slots = steps.slots_for(self.capacity) if self.fused else self.capacity
         prefill = partial(steps.prefill, structure, slots)
         step = partial(steps.fused_steps if self.fused else steps.step, structure)
@@ -172,6 +173,10 @@ class TextGenerator:
         tokens.block_until_ready()
         seconds = time.perf_counter() - start
         return seconds, tokens, state._replace(lengths=state.lengths[None]) if self.fused else state
+
+    def divided(self, state: steps.State) -> steps.State:
+        """A state as the steps after the first one find it, whose program then serves the first one too."""
+        return state if self.mesh is None else divided(self.mesh, state)
 
     def compiled_step(
         self, state: steps.State, sampling: SamplingConfig

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.decode_step import Boxes
@@ -34,10 +34,8 @@ def step_on_mesh(mesh: Mesh, step: Callable[..., Any]) -> Callable[..., Any]:
         boxes: Boxes | None = None,
         **static: Any,
     ) -> tuple[jax.Array, State]:
-        texts, devices = state.tokens.shape[0], mesh.shape[DATA]
-        divides = texts % devices == 0 and batch_bucket(texts // devices) == texts // devices
-        specs = _specs(mesh, "batch" if divides else None, each=state.lengths.ndim == 1)
-        tokens = sharding(mesh, None, "batch" if divides else None).spec
+        specs = _specs(mesh, _batch(mesh, state), each=state.lengths.ndim == 1)
+        tokens = sharding(mesh, None, _batch(mesh, state)).spec
         run = on_mesh(
             mesh,
             lambda leaves, *arguments: step(leaves, *arguments, **static),
@@ -47,6 +45,20 @@ def step_on_mesh(mesh: Mesh, step: Callable[..., Any]) -> Callable[..., Any]:
         return run(leaves, state, key, numbers, *([] if boxes is None else [boxes]))
 
     return placed
+
+
+def divided(mesh: Mesh, state: State) -> State:
+    """The state divided as a step leaves it. From another division the first step is a program of its own."""
+    specs: Any = _specs(mesh, _batch(mesh, state), each=state.lengths.ndim == 1)
+    shardings: list[Any] = [NamedSharding(mesh, spec) for spec in specs]
+    return jax.device_put(state, State(*shardings))
+
+
+def _batch(mesh: Mesh, state: State) -> str | None:
+    """The logical axis of a state's texts; None where each device takes all."""
+    texts, devices = state.tokens.shape[0], mesh.shape[DATA]
+    divides = texts % devices == 0 and batch_bucket(texts // devices) == texts // devices
+    return "batch" if divides else None
 
 
 def _specs(mesh: Mesh, batch: str | None, *, each: bool) -> State:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from cli_support import CALIB, svsk
 from safetensors.numpy import load_file, save_file
+from support import SQUARE, write_checkpoint
 
 from svsk_jax.cli import explain
 
@@ -50,7 +51,8 @@ def test_calibrate_then_quantize(checkpoint, quantized, tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:quantizing without the Fisher pass")
-def test_autotune_writes_a_recipe_that_quantize_takes(checkpoint, tmp_path, capsys):
+def test_autotune_writes_a_recipe_that_quantize_takes(tmp_path_factory, tmp_path, capsys):
+    checkpoint = write_checkpoint(tmp_path_factory.mktemp("square"), 0, SQUARE)
     stats, out, file = tmp_path / "stats", tmp_path / "out", tmp_path / "tuned.json"
     full = [*CALIB[:-1], "full", "--fisher", "off"]
     assert svsk("calibrate", "--model", checkpoint, "--output", stats, *full) == 0
@@ -183,7 +185,8 @@ def remove_tokenizer(folder):
     ("change", "words"),
     [
         (truncate, ["model.safetensors", "truncated"]),
-        (edit_tensor("model.layers.1.mlp.up_proj.weight", put_nan), ["model.layers.1.mlp.up_proj.weight"]),
+        # In the first layer: the statistics of those before it are kept.
+        (edit_tensor("model.layers.0.mlp.up_proj.weight", put_nan), ["model.layers.0.mlp.up_proj.weight"]),
         (edit_tensor("model.norm.weight", lambda value: value.astype(np.int32)), ["model.norm.weight"]),
         (edit_tensor("model.norm.weight", lambda value: value[:3].copy()), ["model.norm.weight", "3", "48"]),
         (rename_architecture, ["MambaForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM"]),

@@ -75,7 +75,7 @@ class Moment:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Faults:
-    """A command to disturb, and what it makes when left alone."""
+    """A command to disturb, and what it makes when left alone. Those in one folder compile once for all."""
 
     work: Path
     flags: tuple[str, ...]
@@ -102,11 +102,16 @@ class Faults:
             text=True,
         )
 
+    @property
+    def reference(self) -> str:
+        """What a run makes that nothing disturbs."""
+        return f"{self.verb}-reference"
+
     def undisturbed(self) -> None:
         """Make the model, and the reference from it."""
-        (self.work / "model").mkdir()
+        (self.work / "model").mkdir(exist_ok=True)
         write_checkpoint(self.work / "model", 0, dataclasses.replace(TINY, num_layers=self.layers))
-        _finish(self.start("reference"))
+        _finish(self.start(self.reference))
 
     def disturb(self, name: str, moments: Iterator[Moment]) -> list[str]:
         """Run to the end, with a kill at each moment that comes before it, and compare.
@@ -126,7 +131,7 @@ class Faults:
             found.append(self._reached(name))
         _finish(self.start(name))
         same = assert_same if self.verb == "quantize" else assert_same_statistics
-        same(self.work / "reference", self.work / name)
+        same(self.work / self.reference, self.work / name)
         assert list(self.work.glob(f".{name}.*")) == []
         shutil.rmtree(self.work / name)
         return found

@@ -16,15 +16,17 @@ from svsk_jax.model.laid_out import lay_out_parameters, transpose_parameters
 from svsk_jax.model.parameters import QUANTIZED_LINEARS, random_parameters
 
 CONFIG = dataclasses.replace(TINY, qkv_bias=True)
+# A layer of the model is enough to see that the parameters are taken as they are laid out.
+ONE = dataclasses.replace(CONFIG, num_layers=1)
 # Operation by operation, the stored weights' tiles take hundreds of programs.
 run = jax.jit(lambda model, tokens: model(tokens))
 
 
-def packed_parameters(flat: tuple[str, ...] = ()):
+def packed_parameters(config=CONFIG, flat: tuple[str, ...] = ()):
     """Random parameters with packed matrices of small magnitude, an int8 embedding, and flat scales for the
     linears named."""
     rng = np.random.default_rng(0)
-    parameters = dict(random_parameters(CONFIG, 0))
+    parameters = dict(random_parameters(config, 0))
     for path, value in parameters.items():
         if any(path.endswith(f"{name}.weight") for name in QUANTIZED_LINEARS):
             form = (
@@ -44,12 +46,12 @@ def packed_parameters(flat: tuple[str, ...] = ()):
 
 @pytest.mark.parametrize("implementation", ["reference", "triton_interpret"])
 def test_logits(implementation, monkeypatch):
-    parameters = packed_parameters()
+    parameters = packed_parameters(ONE)
     tokens = jnp.asarray([[5, 9, 2, 77]], jnp.int32)
-    expected = run(Decoder(CONFIG, parameters, jnp.float32), tokens)
+    expected = run(Decoder(ONE, parameters, jnp.float32), tokens)
     laid = lay_out_parameters(dict(parameters))
     monkeypatch.setattr(linear, "svsk_matmul", partial(svsk_matmul, implementation=implementation))
-    model = Decoder(CONFIG, laid, jnp.float16)
+    model = Decoder(ONE, laid, jnp.float16)
     # Attention of f16 promotes on its own.
     with jax.numpy_dtype_promotion("standard"):
         check_logits(model, tokens, expected)
@@ -58,17 +60,17 @@ def test_logits(implementation, monkeypatch):
 def check_logits(model, tokens, expected):
     actual = model(tokens)
     assert jnp.linalg.norm(actual - expected) < 5e-3 * jnp.linalg.norm(expected)
-    cache = KVCache.empty(CONFIG, 1, 8, jnp.float16)
+    cache = KVCache.empty(ONE, 1, 8, jnp.float16)
     for token in tokens[0]:
         last, cache = model.extend(token[None, None], cache)
     assert jnp.linalg.norm(last - expected[:, -1]) < 5e-3 * jnp.linalg.norm(expected[:, -1])
 
 
 def test_logits_on_a_cpu():
-    parameters = packed_parameters()
+    parameters = packed_parameters(ONE)
     tokens = jnp.asarray([[5, 9, 2, 77]], jnp.int32)
-    expected = run(Decoder(CONFIG, parameters, jnp.float32), tokens)
-    model = Decoder(CONFIG, transpose_parameters(dict(parameters)), jnp.float32)
+    expected = run(Decoder(ONE, parameters, jnp.float32), tokens)
+    model = Decoder(ONE, transpose_parameters(dict(parameters)), jnp.float32)
     assert jnp.linalg.norm(run(model, tokens) - expected) < 1e-5 * jnp.linalg.norm(expected)
 
 

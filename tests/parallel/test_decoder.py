@@ -22,7 +22,7 @@ from svsk_jax.parallel import make_mesh
 from svsk_jax.parallel.decoder import load_parallel, on_mesh
 from svsk_jax.runtime import TextGenerator, generate_batch, steps
 from svsk_jax.runtime import generate as generate_module
-from svsk_jax.runtime.on_mesh import step_on_mesh
+from svsk_jax.runtime.on_mesh import divided, step_on_mesh
 from svsk_jax.runtime.sampling import SamplingConfig
 
 PACKED = dataclasses.replace(
@@ -160,6 +160,7 @@ def test_a_burst_that_adds_up_through_boxes(one_token, monkeypatch):
         step = partial(steps.fused_steps, structure, greedy=True, interpret=True)
         step = jax.jit(step_on_mesh(spread.mesh, step) if boxes else step)
         state, found = steps.State(cache.keys, cache.values, lengths, tokens), []
+        state = divided(spread.mesh, state) if boxes else state
         for each in boxes or (None, None):
             more, state = step(leaves, state, jax.random.key(0), SamplingConfig().numbers, each)
             found += np.asarray(more)[:, 0].tolist()

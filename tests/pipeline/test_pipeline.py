@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import TINY, MemorySource
+from support import SQUARE, TINY, MemorySource
 
 from convert.load import load_decoder
 from svsk_jax import pipeline
@@ -152,16 +152,15 @@ def test_statistics_of_another_model_are_refused(source, tiny_config, tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
-def test_a_run_cut_short_leaves_nothing(source, tmp_path, error):
-    def stop(event):
+def test_a_run_cut_short_in_its_first_layer_leaves_nothing(source, tmp_path, monkeypatch, error):
+    def stop(index, dtype):
         raise error
 
+    monkeypatch.setattr(source, "layer", stop)
     with pytest.raises(type(error)):
-        pipeline.quantize(
-            source, tmp_path / "out", SMALL, recipe="small", calibration=CALIBRATION, on_progress=stop
-        )
+        pipeline.quantize(source, tmp_path / "out", SMALL, recipe="small", calibration=CALIBRATION)
     with pytest.raises(type(error)):
-        pipeline.calibrate(source, tmp_path / "stats", CALIBRATION, on_progress=stop)
+        pipeline.calibrate(source, tmp_path / "stats", CALIBRATION)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -181,14 +180,15 @@ def test_too_small_a_disk_is_refused_with_the_number(source, tmp_path, monkeypat
 
 
 STRONG = dataclasses.replace(
-    recipe("svsk-r16"), bits=5.5, groups=(16,), tile=TileShape(rows=32, columns=0), joint_rounds=1
+    recipe("svsk-r16"), bits=5.5, groups=(16,), tile=TileShape(rows=16, columns=0), joint_rounds=1
 )
+"""Of SQUARE."""
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """A model and its statistics with the Fisher pass."""
-    source = MemorySource(TINY)
+    source = MemorySource(SQUARE)
     folder = tmp_path_factory.mktemp("stats") / "stats"
     pipeline.calibrate(source, folder, FULL)
     return source, Statistics.open(folder)
@@ -234,7 +234,8 @@ def test_diagonals_are_refused_for_a_recipe_that_needs_more(source, diagonals, t
         pipeline.quantize(source, tmp_path / "out", STRONG, recipe="s", statistics=diagonals)
 
 
-def test_without_sensitivities_the_plain_metric_serves(source, tmp_path):
+def test_without_sensitivities_the_plain_metric_serves(measured, tmp_path):
+    source, _ = measured
     plain = dataclasses.replace(FULL, fisher="off")
     with pytest.warns(UserWarning, match="without the Fisher pass.*a quarter more"):
         result = pipeline.quantize(source, tmp_path / "out", STRONG, recipe="s", calibration=plain)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import TINY, MemorySource
+from support import SQUARE, MemorySource
 
 from convert.load import load_decoder
 from svsk_jax import pipeline
@@ -23,7 +23,7 @@ STRONG = dataclasses.replace(
     recipe("svsk-r16"),
     bits=5.5,
     groups=(16,),
-    tile=TileShape(rows=32, columns=0),
+    tile=TileShape(rows=16, columns=0),
     beam_width=1,
     joint_rounds=0,
 )
@@ -37,7 +37,7 @@ def steps_of_one_shape(monkeypatch):
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    source = MemorySource(TINY)
+    source = MemorySource(SQUARE)
     folder = tmp_path_factory.mktemp("stats") / "stats"
     pipeline.calibrate(source, folder, CALIBRATION)
     return source, Statistics.open(folder)

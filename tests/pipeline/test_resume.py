@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import TINY, MemorySource
+from support import SQUARE, TINY, MemorySource
 
 from svsk_jax import pipeline
 from svsk_jax.calibration.config import CalibrationConfig
@@ -37,8 +37,6 @@ STRONG = dataclasses.replace(
     polish=2,
 )
 """Every stage, but none that takes long."""
-SQUARE = dataclasses.replace(TINY, hidden_size=32, intermediate_size=32, num_heads=4, num_kv_heads=4)
-"""All linears of one shape, which STRONG compiles once instead of for each."""
 STAGES = ("calibrate", "sensitivity", "plan", "quantize", "polish")
 
 
