@@ -8,6 +8,9 @@ which is written and read whole (as in NCCL's protocol LL): nothing else needs t
 cleared. Boxes have two halves, for odd and for even turns. That is enough: what a device writes at turn t + 2
 overwrites turn t, and it only gets there with all numbers of turn t + 1, which other devices send when they
 have read turn t. So devices must take the same turns, in order.
+
+Pallas lowers the assembly as free of side effects. It stays, once and in its place, because its result is
+stored.
 """
 
 import dataclasses
