@@ -6,6 +6,11 @@ CALIB = ["--calib", "documentation", "--chunks", "64", "--chunk-length", "32", "
 """Flags of a calibration that takes little time."""
 
 
+def quantize_command(model, output):
+    """Arguments of a quantization that takes little time."""
+    return ["quantize", "--model", model, "--output", output, "--recipe", "classic-r8", *CALIB]
+
+
 def svsk(*arguments):
     """Exit status of a command run in this process."""
     try:

@@ -33,6 +33,11 @@ WEIGHTED = "weighted."
 T = TypeVar("T")
 
 
+def holds_statistics(folder: Path) -> bool:
+    """Whether `folder` is one that `svsk calibrate` finished."""
+    return (folder / MANIFEST).is_file()
+
+
 def _moments_file(folder: Path, index: int) -> Path:
     return folder / f"layer-{index:05d}.safetensors"
 

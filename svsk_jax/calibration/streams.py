@@ -41,9 +41,12 @@ class Streams:
         self._away.remove(batch)
         return from_local_rows(self._store.pop(self._name, batch), self._sharding)
 
+    def _batches(self) -> list[int]:
+        return sorted(self._here.keys() | self._away)
+
     def rows(self) -> Iterator[np.ndarray]:
         """This process's rows of each batch, in order, on the host; they stay."""
-        for batch in sorted(self._here.keys() | self._away):
+        for batch in self._batches():
             if batch in self._here:
                 yield local_rows(self._here[batch])
             else:
@@ -52,7 +55,7 @@ class Streams:
 
     def restore(self, rows: Iterable[np.ndarray]) -> None:
         """Keep what `rows` gave, in place of what is kept."""
-        for batch in sorted(self._here.keys() | self._away):
+        for batch in self._batches():
             self.take(batch)
         for batch, value in enumerate(rows):
             self.put(batch, from_local_rows(value, self._sharding))

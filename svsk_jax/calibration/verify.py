@@ -8,11 +8,6 @@ from svsk_jax.calibration.stored_arrays import AGAIN, DIFFERS, StoredArrays
 from svsk_jax.storage.verify import Verification
 
 
-def holds_statistics(folder: Path) -> bool:
-    """Whether `folder` is one that `svsk calibrate` finished."""
-    return (folder / MANIFEST).is_file()
-
-
 def verify_statistics(folder: Path, on_file: Callable[[int, int], None] | None = None) -> Verification:
     """Read every array of statistics and compare its SHA-256 with the one stored with it. The manifest, and
     what a layer notes of its experts, have none.

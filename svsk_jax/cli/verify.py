@@ -8,7 +8,8 @@ import tyro
 from rich.markup import escape
 
 from svsk_jax import storage
-from svsk_jax.calibration.verify import holds_statistics, verify_statistics
+from svsk_jax.calibration.store import holds_statistics
+from svsk_jax.calibration.verify import verify_statistics
 from svsk_jax.cli.common import Verb, console, progress_bar
 
 

@@ -42,7 +42,7 @@ from svsk_jax.pipeline.run import CalibrationRun, discard, unfinished_run
 from svsk_jax.quant.types import SENSITIVITY_TILE
 from svsk_jax.storage.atomic import recover
 from svsk_jax.storage.behind import OneBehind
-from svsk_jax.storage.durable import sync
+from svsk_jax.storage.durable import make_folder
 from svsk_jax.storage.lock import locked
 
 
@@ -245,8 +245,7 @@ def _finished(run: CalibrationRun, identity: Mapping[str, Any]) -> bool:
 
 def _clear_up(run: CalibrationRun) -> None:
     """Make a run's folder for statistics, and remove what a process that was killed left half done."""
-    run.made.mkdir(exist_ok=True)
-    sync(run.folder)
+    make_folder(run.made)
     partial = run.walk.glob("*.partial")
     for left in [*run.folder.glob(f"{SPILL}*"), *run.made.glob(f".{store.MANIFEST}*"), *partial]:
         if left.is_dir():

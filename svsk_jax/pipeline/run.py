@@ -25,12 +25,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from svsk_jax.calibration.store import MANIFEST
+from svsk_jax.calibration.store import MANIFEST, holds_statistics
 from svsk_jax.parallel.distributed import barrier, is_lead
 from svsk_jax.pipeline.identity import differences
 from svsk_jax.storage.atomic import check_output, place, write_json
 from svsk_jax.storage.checkpoint import MARKER, ModelWriter
-from svsk_jax.storage.durable import sync, sync_tree
+from svsk_jax.storage.durable import make_folder
 from svsk_jax.storage.handover import Handover
 
 IDENTITY = "run.json"
@@ -110,7 +110,7 @@ class Run(Unfinished):
     @property
     def has_statistics(self) -> bool:
         """Whether calibration is complete."""
-        return (self.statistics / MANIFEST).is_file()
+        return holds_statistics(self.statistics)
 
     @property
     def holds_work(self) -> bool:
@@ -190,10 +190,8 @@ def _start_over(folder: Path, identity: Mapping[str, Any]) -> None:
     """An empty run in place of what is there; nothing, when an interrupt or a full disk comes between."""
     try:
         discard(folder)
-        folder.mkdir(parents=True)
+        make_folder(folder)
         write_json(folder / IDENTITY, identity)
-        sync_tree(folder)
-        sync(folder.parent)
     except BaseException:
         discard(folder)
         raise

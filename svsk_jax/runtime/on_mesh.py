@@ -34,8 +34,9 @@ def step_on_mesh(mesh: Mesh, step: Callable[..., Any]) -> Callable[..., Any]:
         boxes: Boxes | None = None,
         **static: Any,
     ) -> tuple[jax.Array, State]:
-        specs = _specs(mesh, _batch(mesh, state), each=state.lengths.ndim == 1)
-        tokens = sharding(mesh, None, _batch(mesh, state)).spec
+        batch = _batch(mesh, state)
+        specs = _specs(mesh, batch, each=state.lengths.ndim == 1)
+        tokens = sharding(mesh, None, batch).spec
         run = on_mesh(
             mesh,
             lambda leaves, *arguments: step(leaves, *arguments, **static),

@@ -31,13 +31,18 @@ def rename(source: Path, target: Path) -> None:
     sync(target.parent)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, unless it is there; its entry in the one above is then synced."""
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        sync(folder.parent)
+
+
 @contextmanager
 def durable_file(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to. When the block ends well `path` is that file, whole and on the disk;
     when it does not, nothing is left. A process killed meanwhile leaves `<name>.partial`."""
-    if not path.parent.is_dir():
-        path.parent.mkdir(parents=True)
-        sync(path.parent.parent)
+    make_folder(path.parent)
     partial = path.with_name(f"{path.name}.partial")
     try:
         yield partial

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from cli_support import CALIB, svsk
+from cli_support import quantize_command, svsk
 from support import write_checkpoint
 
 
@@ -16,19 +16,5 @@ def checkpoint(tmp_path_factory):
 def quantized(checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantized") / "out"
     result = folder.parent / "result.json"
-    assert (
-        svsk(
-            "quantize",
-            "--model",
-            checkpoint,
-            "--output",
-            folder,
-            "--recipe",
-            "classic-r8",
-            "--json",
-            result,
-            *CALIB,
-        )
-        == 0
-    )
+    assert svsk(*quantize_command(checkpoint, folder), "--json", result) == 0
     return folder, json.loads(result.read_text())

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from cli_support import CALIB, svsk
+from cli_support import CALIB, quantize_command, svsk
 
 from svsk_jax import pipeline
 from svsk_jax.pipeline.autotune import Tuned
@@ -92,16 +92,7 @@ def test_an_interrupted_run_says_how_to_go_on(checkpoint, quantized, tmp_path, c
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    command = [
-        "quantize",
-        "--model",
-        checkpoint,
-        "--output",
-        tmp_path / "out",
-        "--recipe",
-        "classic-r8",
-        *CALIB,
-    ]
+    command = quantize_command(checkpoint, tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules["svsk_jax.pipeline.quantize"], "quantize_layer", interrupt)
         assert svsk(*command) == 1
@@ -142,16 +133,7 @@ if "{stage}" == "text":
     chunks.read_texts = lambda *_: signal.raise_signal(signal.SIGINT)
 cli.main(sys.argv[1:])
 """
-    command = [
-        "quantize",
-        "--model",
-        checkpoint,
-        "--output",
-        tmp_path / "out",
-        "--recipe",
-        "classic-r8",
-        *CALIB,
-    ]
+    command = quantize_command(checkpoint, tmp_path / "out")
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, command)], stderr=subprocess.PIPE, text=True, check=False
     )
