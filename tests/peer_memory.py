@@ -46,8 +46,9 @@ class Memory:
 
         def bits(name, kind):
             if not re.match(r"[$a-z]", name):
-                number = int(name[2:], 16) if name.startswith("0f") else int(name)
-                return np.full(lanes, number, kind)
+                if name.startswith("0f"):
+                    return np.full(lanes, int(name[2:], 16), np.uint32).view(kind)
+                return np.full(lanes, int(name), kind)
             value = held[name]
             return value if value.dtype == kind else value.view(kind)
 
@@ -58,7 +59,11 @@ class Memory:
             operation, rest = line.split(" ", 1)
             names = re.findall(r"[$\w]+", rest)
             if operation.startswith("@"):
-                if held[operation[1:]].any():
+                predicate = held[operation[1:]]
+                if names[0] == "sub":
+                    value = bits(names[3], np.uint32)
+                    held[names[2]] = np.where(predicate, value - bits(names[4], np.uint32), value)
+                elif predicate.any():
                     assert time.monotonic() < give_up, "waits for ever"
                     time.sleep(1e-4)
                     at = lines.index(names[1] + ":")
@@ -69,8 +74,9 @@ class Memory:
             elif operation == "mov.b64" and "{" in rest:
                 low, high = (bits(name, np.uint32).astype(U64) for name in names[1:])
                 held[names[0]] = low | high << U64(32)
-            elif operation in ("mov.b64", "mov.f32"):
-                held[names[0]] = bits(names[1], U64 if operation == "mov.b64" else np.float32)
+            elif operation in ("mov.b64", "mov.b32", "mov.f32"):
+                kind = {"mov.b64": U64, "mov.b32": np.uint32, "mov.f32": np.float32}[operation]
+                held[names[0]] = bits(names[1], kind)
             elif operation == "cvt.u64.u32":
                 held[names[0]] = bits(names[1], np.uint32).astype(U64)
             elif operation == "add.u64":
@@ -80,8 +86,11 @@ class Memory:
             elif operation in ("setp.eq.u32", "setp.ne.u32"):
                 same = bits(names[1], np.uint32) == bits(names[2], np.uint32)
                 held[names[0]] = same if operation == "setp.eq.u32" else ~same
-            elif operation == "selp.b64":
-                held[names[0]] = np.where(held[names[3]], bits(names[1], U64), bits(names[2], U64))
+            elif operation in ("selp.b64", "selp.f32"):
+                kind = U64 if operation == "selp.b64" else np.float32
+                held[names[0]] = np.where(held[names[3]], bits(names[1], kind), bits(names[2], kind))
+            elif operation == "and.pred":
+                held[names[0]] = held[names[1]] & held[names[2]]
             elif operation == "st.relaxed.sys.global.b64":
                 self.boxes[self.place(held[names[0]])] = held[names[1]]
                 self.stores += 1
@@ -92,10 +101,14 @@ class Memory:
         return held["$0"]
 
 
-def boxes_of(devices, turn):
+def boxes_of(devices, turn, patience=1 << 24):
     """As `parallel.boxes` makes them, of boxes that lie in a `Memory`."""
     rows = address_rows([BASE + index * STRIDE for index in range(devices)])
-    return Boxes(addresses=jnp.asarray(rows[None]), turn=jnp.asarray([turn], jnp.int32))
+    return Boxes(
+        addresses=jnp.asarray(rows[None]),
+        turn=jnp.asarray([turn], jnp.int32),
+        patience=jnp.asarray([patience], jnp.int32),
+    )
 
 
 def emulate(patch, memory):

@@ -81,7 +81,13 @@ def burst(
     run = jax.jit(again, donate_argnums=1, compiler_options=options or {})
     turns = steps.BURST * exchanges_of(model, batch)
     lengths = jnp.full((batch,), CONTEXT - steps.BURST, jnp.int32)
-    held = [steps.State(caches(model, batch), caches(model, batch), lengths, jnp.zeros(batch, jnp.int32))]
+
+    def started() -> steps.State:
+        return steps.State(caches(model, batch), caches(model, batch), lengths, jnp.zeros(batch, jnp.int32))
+
+    if boxes is not None:
+        jax.block_until_ready(run(leaves, started(), boxes.take(turns, wait=False)))
+    held = [started()]
 
     def call() -> jax.Array:
         held[0] = run(leaves, held[0], None if boxes is None else boxes.take(turns))
@@ -103,14 +109,18 @@ def logits(model: Model, batch: int, tiny: bool, boxes: PeerBoxes | None) -> jax
     arguments = (tokens, caches(model, batch), caches(model, batch), lengths)
     if isinstance(model, ParallelDecoder):
         heads = sharding(model.mesh, None, None, "heads", None).spec
-        held = None if boxes is None else boxes.take(exchanges_of(model, batch))
+        turns = exchanges_of(model, batch)
         step = on_mesh(
             model.mesh,
             lambda share, *given: work(share, *given[:4], boxes=given[4] if len(given) > 4 else None),
-            (P(), heads, heads, P(), *([] if held is None else [SPECS])),
+            (P(), heads, heads, P(), *([] if boxes is None else [SPECS])),
             (P(), heads, heads),
         )
-        found = jax.jit(step)(model.shares, *arguments, *([] if held is None else [held]))[0]
+        run = jax.jit(step)
+        if boxes is not None:
+            jax.block_until_ready(run(model.shares, *arguments, boxes.take(turns, wait=False)))
+        held = [] if boxes is None else [boxes.take(turns)]
+        found = run(model.shares, *arguments, *held)[0]
     else:
         found = jax.jit(work)(model, *arguments)[0]
     return jax.device_put(found, jax.devices()[0])

@@ -49,8 +49,6 @@ def run_process(part: str, folder: Path, tiny: bool, seconds: float) -> None:
     environment = dict(os.environ)
     flags = WITHOUT_GRAPHS if part == "kernels" else ""
     more = f"{flags} {FAKE_DEVICES}" if tiny else flags
-    # A kernel that is loaded at its first launch may wait for a device that waits for its numbers.
-    environment["CUDA_MODULE_LOADING"] = "EAGER"
     environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {more}".strip()
     if tiny:
         environment["JAX_PLATFORMS"] = "cpu"

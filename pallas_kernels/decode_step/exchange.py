@@ -9,6 +9,10 @@ cleared. Boxes have two halves, for odd and for even turns. That is enough: what
 overwrites turn t, and it only gets there with all numbers of turn t + 1, which other devices send when they
 have read turn t. So devices must take the same turns, in order.
 
+A thread asks a number of times, not for ever, and then its sum is NaN: a device that has lost another says
+so. A kernel that asks once only, and finds nothing, is how programs are loaded and recorded before devices
+wait for one another: what the driver does then may itself wait for a GPU that waits.
+
 Pallas lowers the assembly as free of side effects. It stays, once and in its place, because its result is
 stored.
 """
@@ -32,6 +36,7 @@ THREADS = 256
 """Numbers of a program, one for each thread."""
 WORD = 8
 """Bytes of a number and its turn."""
+NOT_A_NUMBER = "0f7FC00000"
 LARGEST = 1 << 18
 """Numbers that an exchange takes: with more, bandwidth matters, and every device sends all it has to all."""
 
@@ -46,34 +51,39 @@ class Boxes:
     each device's box. A box is int32 [2, n, `LARGEST`, 2], zero at first."""
     turn: Any
     """int32 [1]: of the next exchange. From 1 on; 2³¹ - 1 is followed by -2³¹."""
+    patience: Any
+    """int32 [1], at least 0: how often an exchange asks again for numbers that have not come; then it gives
+    NaN."""
 
 
 def assembly(devices: int) -> str:
     """PTX of one thread: $0 is the sum, $1 its number, $2 the turn, $3 its word's place in a half of a box
-    where the device writes, $4 where the first device writes (both in bytes), $5 the device's place, and then
-    the halves of addresses."""
-    address = [f"mov.b64 at{d}, {{${6 + 2 * d}, ${7 + 2 * d}}};" for d in range(devices)]
+    where the device writes, $4 where the first device writes (both in bytes), $5 the patience, $6 the
+    device's place, and then the halves of addresses."""
+    address = [f"mov.b64 at{d}, {{${7 + 2 * d}, ${8 + 2 * d}}};" for d in range(devices)]
     send = [f"add.u64 to, at{d}, there; st.relaxed.sys.global.b64 [to], word;" for d in range(devices)]
     # Its own number comes by its own box too: all devices add in the same order.
-    own = [f"setp.eq.u32 mine, $5, {d}; selp.b64 box, at{d}, box, mine;" for d in range(devices)]
+    own = [f"setp.eq.u32 mine, $6, {d}; selp.b64 box, at{d}, box, mine;" for d in range(devices)]
     take = [
         f"""
 WAIT{d}:
 ld.relaxed.sys.global.b64 word, [box]; mov.b64 {{value, seen}}, word;
-setp.ne.u32 again, seen, $2; @again bra WAIT{d};
-add.f32 sum, sum, value; add.u64 box, box, {LARGEST * WORD};"""
+setp.ne.u32 late, seen, $2; setp.ne.u32 again, left, 0; and.pred again, again, late;
+@again sub.u32 left, left, 1; @again bra WAIT{d};
+selp.f32 value, {NOT_A_NUMBER}, value, late; add.f32 sum, sum, value;
+add.u64 box, box, {LARGEST * WORD};"""
         for d in range(devices)
     ]
     registers = ", ".join(f"at{d}" for d in range(devices))
     lines = [
-        f"{{ .reg .pred again, mine; .reg .b64 {registers}, there, to, word, box, off; .reg .f32 value, sum;",
-        ".reg .b32 seen;",
+        f"{{ .reg .pred again, late, mine; .reg .b64 {registers}, there, to, word, box, off;",
+        ".reg .f32 value, sum; .reg .b32 seen, left;",
         *address,
         "cvt.u64.u32 there, $3; cvt.u64.u32 off, $4; mov.b64 word, {$1, $2};",
         *send,
         "mov.b64 box, 0;",
         *own,
-        "add.u64 box, box, off; mov.f32 sum, 0f00000000;",
+        "add.u64 box, box, off; mov.b32 left, $5; mov.f32 sum, 0f00000000;",
         *take,
         "mov.f32 $0, sum; }",
     ]
@@ -92,7 +102,8 @@ def _work(ref: Refs, program: jax.Array, _: jax.Array) -> None:
     turn = plgpu.load(ref["turn"].at[first])
     entries = [plgpu.load(ref["addresses"].at[first, first, jnp.int32(i)]) for i in range(2 * devices + 1)]
     half = (turn & 1) * (devices * LARGEST * WORD) + index * WORD
-    scalars = [turn, half + entries[0] * (LARGEST * WORD), half, *entries]
+    patience = plgpu.load(ref["patience"].at[first])
+    scalars = [turn, half + entries[0] * (LARGEST * WORD), half, patience, *entries]
     [total] = plgpu.elementwise_inline_asm(
         assembly(devices),
         args=[sum(values[1:], values[0]), *(jnp.broadcast_to(scalar, (THREADS,)) for scalar in scalars)],
@@ -116,7 +127,7 @@ def exchange(
 ) -> tuple[Float[Array, "1 m rows"], Boxes]:
     """The sum of all parts of all devices, the same on each of them, and the boxes for the next exchange.
 
-    Every device must get here, with parts of one shape, or those that do wait for ever.
+    Every device must get here, with parts of one shape, or those that do lose patience, and have NaN.
 
     Args:
         parts: f32, of this device.
@@ -134,7 +145,12 @@ def exchange(
     found, turn = launch(
         _work,
         NAME,
-        {"parts": parts.reshape(count, numbers), "addresses": boxes.addresses, "turn": boxes.turn},
+        {
+            "parts": parts.reshape(count, numbers),
+            "addresses": boxes.addresses,
+            "turn": boxes.turn,
+            "patience": boxes.patience,
+        },
         {
             "sum": jax.ShapeDtypeStruct((numbers,), jnp.float32),
             "next": jax.ShapeDtypeStruct((1,), jnp.int32),

@@ -12,18 +12,21 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels.decode_step import LARGEST_EXCHANGE, Boxes
 from svsk_jax.parallel.mesh import DATA, MODEL
 
-SPECS = Boxes(addresses=P(DATA, MODEL), turn=P())
+SPECS = Boxes(addresses=P(DATA, MODEL), turn=P(), patience=P())
 """How `Boxes` are divided over a mesh."""
 ALREADY_ENABLED = 704
 """What CUDA answers where a GPU may read another's memory already."""
 TURNS = 1 << 32
+PATIENCE = 1 << 24
+"""Times that an exchange asks again: some 10 seconds."""
 
 
 class PeerBoxes:
     """Boxes of all devices of a mesh, each for those along its `model` axis, and whose turn it is.
 
     `decode_step.exchange` uses them. They stay where they are until this object goes, and it must outlive
-    every call that has taken turns. A call that fails may leave devices waiting.
+    every call that has taken turns. A program must run once with `take(…, wait=False)` before it runs in
+    earnest.
 
     Raises:
         ValueError: `why_no_boxes` has a reason.
@@ -40,11 +43,17 @@ class PeerBoxes:
         self._addresses = jax.device_put(np.stack(rows), NamedSharding(mesh, SPECS.addresses))
         self._turn = 1
 
-    def take(self, exchanges: int) -> Boxes:
-        """For the next call, which exchanges so often. Calls must run in the order in which they took."""
+    def take(self, exchanges: int, *, wait: bool = True) -> Boxes:
+        """For the next call, which exchanges so often. Calls must run in the order in which they took.
+
+        With `wait` False devices don't wait for one another, and what the call computes means nothing: a
+        program that runs for the first time is still loaded, and its kernels recorded, by a driver that may
+        wait for a GPU that waits for another.
+        """
         turn = np.asarray([self._turn], np.uint32).view(np.int32)
         self._turn = (self._turn + exchanges) % TURNS
-        return Boxes(addresses=self._addresses, turn=turn)
+        patience = np.asarray([PATIENCE if wait else 0], np.int32)
+        return Boxes(addresses=self._addresses, turn=turn, patience=patience)
 
 
 def address_rows(pointers: Sequence[int]) -> Any:

@@ -116,6 +116,7 @@ def test_the_fused_step_over_two_devices(batch, by_boxes):
                 (1, 2, 5), jnp.int32, sharding=NamedSharding(mesh, SPECS.addresses)
             ),
             turn=jax.ShapeDtypeStruct((1,), jnp.int32),
+            patience=jax.ShapeDtypeStruct((1,), jnp.int32),
         )
     compiled, _ = aot.compile_for(step, (shares, tokens, cache, cache, tokens, boxes), "sm_90", axes)
     text = compiled.as_text()

@@ -1,5 +1,7 @@
 """The exchange between GPUs: devices are threads, their memories and the kernel's assembly are emulated."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,6 +47,21 @@ def test_devices_add_up_in_turn(devices, turn, monkeypatch):
     assert np.asarray(turns).tolist() == [[np.int64(turn + 4).astype(np.int32)]] * devices
     # Two programs, each of which sends to every device.
     assert memory.stores == 4 * 2 * devices * devices
+
+
+@pytest.mark.parametrize("patience", [0, 3])
+def test_a_device_whose_numbers_do_not_come(patience, monkeypatch):
+    """What it does not know is not a number; the next turn finds everything in its place."""
+    emulate(monkeypatch, Memory(2))
+    # A shape of its own: a compiled call keeps the memory that it was traced with.
+    parts = jnp.ones((1, 1, 5 + patience))
+    alone = jax.tree.map(lambda each: each[:, :1] if each.ndim == 3 else each, boxes_of(2, 5, patience))
+    found, after = exchange(parts, alone, interpret=True)
+    assert np.isnan(found).all()
+    assert int(after.turn[0]) == 6
+    other = dataclasses.replace(alone, addresses=boxes_of(2, 5).addresses[:, 1:])
+    found, _ = exchange(2 * parts, other, interpret=True)
+    assert (np.asarray(found) == 3).all()
 
 
 def test_too_many_numbers():
