@@ -38,7 +38,7 @@ class Memory:
         """Every lane's $0; the lanes of a program go on together."""
         time.sleep(0.01 * self.late.random())
         give_up = time.monotonic() + PATIENCE
-        held = {f"${index + 1}": np.asarray(value) for index, value in enumerate(inputs)}
+        held = {f"${index + 1}": np.ravel(value) for index, value in enumerate(inputs)}
         lanes = len(held["$1"])
         lines = [line.strip() for line in re.split(r";|(?<=:)\n", re.sub(r"\.reg [^;]*;", "", assembly))]
         lines = [line.strip("{} \n") for line in lines if line.strip("{} \n")]
@@ -98,7 +98,7 @@ class Memory:
                 held[names[0]] = self.boxes[self.place(held[names[1]])]
             else:
                 raise AssertionError(f"unknown: {line}")
-        return held["$0"]
+        return held["$0"].reshape(np.shape(inputs[0]))
 
 
 def boxes_of(devices, turn, patience=1 << 24):

@@ -19,7 +19,7 @@ from svsk_jax.parallel import make_mesh, sharding
 from svsk_jax.parallel.boxes import SPECS, PeerBoxes, why_no_boxes
 from svsk_jax.parallel.decoder import ParallelDecoder, load_parallel, on_mesh
 from svsk_jax.runtime import steps
-from svsk_jax.runtime.on_mesh import step_on_mesh
+from svsk_jax.runtime.on_mesh import divided, step_on_mesh
 from svsk_jax.runtime.sampling import SamplingConfig
 
 CONTEXT = 1024
@@ -83,7 +83,8 @@ def burst(
     lengths = jnp.full((batch,), CONTEXT - steps.BURST, jnp.int32)
 
     def started() -> steps.State:
-        return steps.State(caches(model, batch), caches(model, batch), lengths, jnp.zeros(batch, jnp.int32))
+        state = steps.State(caches(model, batch), caches(model, batch), lengths, jnp.zeros(batch, jnp.int32))
+        return divided(model.mesh, state) if isinstance(model, ParallelDecoder) else state
 
     if boxes is not None:
         jax.block_until_ready(run(leaves, started(), boxes.take(turns, wait=False)))
@@ -134,22 +135,23 @@ def decode(tiny: bool, report: Callable[..., None]) -> None:
         model = on_devices(tiny, None, devices)
         boxes = boxes_of(model, report)
         report(devices=devices, made=True)
-        for way in ["XLA"] + ([BOXES] if boxes is not None else []):
-            for batch in batches:
-                held = boxes if way == BOXES else None
-                ms = 1e3 * median_seconds(burst(model, batch, tiny, held)) / steps.BURST
-                if devices == 1:
-                    alone[batch] = ms, logits(model, batch, tiny, None)
-                report(
-                    devices=devices,
-                    way=way,
-                    batch=batch,
-                    ms=ms,
-                    tokens_per_second=1e3 * batch / ms,
-                    times_one_device=alone[batch][0] / ms,
-                )
-                if devices > 1:
-                    compare(devices, way, batch, logits(model, batch, tiny, held), alone[batch][1], report)
+        ways: dict[str, PeerBoxes | None] = {} if boxes is None else {BOXES: boxes}
+        cases = [(way, held, batch) for way, held in (ways | {"XLA": None}).items() for batch in batches]
+        for way, held, batch in cases:
+            ms = 1e3 * median_seconds(burst(model, batch, tiny, held)) / steps.BURST
+            if devices == 1:
+                alone[batch] = ms, logits(model, batch, tiny, None)
+            report(
+                devices=devices,
+                way=way,
+                batch=batch,
+                ms=ms,
+                tokens_per_second=1e3 * batch / ms,
+                times_one_device=alone[batch][0] / ms,
+            )
+        for way, held, batch in cases:
+            if devices > 1:
+                compare(devices, way, batch, logits(model, batch, tiny, held), alone[batch][1], report)
         del model
 
 
@@ -218,4 +220,4 @@ def kernels(tiny: bool, report: Callable[..., None]) -> None:
 
 def _exchanges(name: str) -> bool:
     plain = name.lower().replace("_", "").replace("-", "")
-    return any(word in plain for word in ("allreduce", "allgather", "nccl", "svskexchange"))
+    return any(word in plain for word in ("allreduce", "allgather", "nccl"))

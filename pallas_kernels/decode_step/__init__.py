@@ -3,11 +3,11 @@ reads."""
 
 from pallas_kernels.decode_step.attention import MOST_QUERIES, attend
 from pallas_kernels.decode_step.exchange import LARGEST as LARGEST_EXCHANGE
-from pallas_kernels.decode_step.exchange import Boxes, exchange
+from pallas_kernels.decode_step.exchange import Boxes
 from pallas_kernels.decode_step.gated import finish_gated
 from pallas_kernels.decode_step.heads import HEAD_DIMS
 from pallas_kernels.decode_step.product import Product, product
-from pallas_kernels.decode_step.residual import Residual, finish_residual
+from pallas_kernels.decode_step.residual import Residual, finish_residual, why_no_exchange
 
 __all__ = [
     "HEAD_DIMS",
@@ -17,8 +17,8 @@ __all__ = [
     "Product",
     "Residual",
     "attend",
-    "exchange",
     "finish_gated",
     "finish_residual",
     "product",
+    "why_no_exchange",
 ]

@@ -1,5 +1,5 @@
-"""The Triton kernel that adds up what the GPUs of one host hold, in their memories, without XLA's or NCCL's
-help.
+"""How kernels of a decode step add up what the GPUs of one host hold, in their memories, without XLA's or
+NCCL's help.
 
 A sum of some KiB between two GPUs is all latency, and XLA launches its own from the host, between CUDA
 graphs. Here each device has a box in its memory for every device's numbers. A thread writes its number into
@@ -18,27 +18,19 @@ stored.
 """
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float
 
-from pallas_kernels.decode_step.launch import launch
-from pallas_kernels.svsk_matmul.layout import ceil_div
 from pallas_kernels.svsk_matmul.triton_operands import Refs
 
-NAME = "svsk_exchange"
-THREADS = 256
-"""Numbers of a program, one for each thread."""
 WORD = 8
 """Bytes of a number and its turn."""
 NOT_A_NUMBER = "0f7FC00000"
 LARGEST = 1 << 18
-"""Numbers that an exchange takes: with more, bandwidth matters, and every device sends all it has to all."""
+"""Numbers of a sum: with more, bandwidth matters, and every device sends all it has to all."""
 
 
 @jax.tree_util.register_dataclass
@@ -50,10 +42,14 @@ class Boxes:
     """int32 [1, 1, 2 n + 1]: the device's place among them, then the lower and upper halves of the address of
     each device's box. A box is int32 [2, n, `LARGEST`, 2], zero at first."""
     turn: Any
-    """int32 [1]: of the next exchange. From 1 on; 2³¹ - 1 is followed by -2³¹."""
+    """int32 [1]: of the next sum. From 1 on; 2³¹ - 1 is followed by -2³¹."""
     patience: Any
-    """int32 [1], at least 0: how often an exchange asks again for numbers that have not come; then it gives
-    NaN."""
+    """int32 [1], at least 0: how often a thread asks again for a number that has not come."""
+
+    @property
+    def operands(self) -> dict[str, jax.Array]:
+        """What a kernel reads, by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
 def assembly(devices: int) -> str:
@@ -90,74 +86,25 @@ add.u64 box, box, {LARGEST * WORD};"""
     return "\n".join(lines)
 
 
-def _work(ref: Refs, program: jax.Array, _: jax.Array) -> None:
-    parts, numbers = ref["parts"].shape
-    devices = (ref["addresses"].shape[2] - 1) // 2
-    index = program * THREADS + lax.broadcasted_iota(jnp.int32, (THREADS,), 0)
-    inside = index < numbers
-    values = [
-        plgpu.load(ref["parts"].at[jnp.int32(part), index], mask=inside, other=0.0) for part in range(parts)
-    ]
-    first = jnp.int32(0)
-    turn = plgpu.load(ref["turn"].at[first])
+def over_devices(ref: Refs, numbers: jax.Array, index: jax.Array) -> jax.Array:
+    """Within a kernel: the sum over all devices of numbers, the same on each of them. Each device must get
+    there, at the same turn, with numbers of the same indices, or those that do lose patience and have NaN.
+
+    Args:
+        ref: fields of `Boxes`.
+        numbers: f32, of this device.
+        index: int32, of each number's word, below `LARGEST`. Programs that share one have the same number.
+    """
+    devices, first = (ref["addresses"].shape[2] - 1) // 2, jnp.int32(0)
+    turn, patience = (plgpu.load(ref[name].at[first]) for name in ("turn", "patience"))
     entries = [plgpu.load(ref["addresses"].at[first, first, jnp.int32(i)]) for i in range(2 * devices + 1)]
     half = (turn & 1) * (devices * LARGEST * WORD) + index * WORD
-    patience = plgpu.load(ref["patience"].at[first])
     scalars = [turn, half + entries[0] * (LARGEST * WORD), half, patience, *entries]
     [total] = plgpu.elementwise_inline_asm(
         assembly(devices),
-        args=[sum(values[1:], values[0]), *(jnp.broadcast_to(scalar, (THREADS,)) for scalar in scalars)],
+        args=[numbers, *(jnp.broadcast_to(scalar, numbers.shape) for scalar in scalars)],
         constraints=",".join(["=f", "f", *"r" * len(scalars)]),
         pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct((THREADS,), jnp.float32)],
+        result_shape_dtypes=[jax.ShapeDtypeStruct(numbers.shape, jnp.float32)],
     )
-    plgpu.store(ref["sum"].at[index], total, mask=inside)
-    plgpu.store(ref["next"].at[first], turn + 1)
-
-
-def why_no_exchange(parts: Float[Array, "parts m rows"]) -> str | None:
-    """Why `exchange` can't take these parts, or None if it can."""
-    numbers = parts.shape[1] * parts.shape[2]
-    return None if numbers <= LARGEST else f"{numbers} numbers are more than {LARGEST}"
-
-
-@partial(jax.jit, static_argnames="interpret")
-def exchange(
-    parts: Float[Array, "parts m rows"], boxes: Boxes, *, interpret: bool = False
-) -> tuple[Float[Array, "1 m rows"], Boxes]:
-    """The sum of all parts of all devices, the same on each of them, and the boxes for the next exchange.
-
-    Every device must get here, with parts of one shape, or those that do lose patience, and have NaN.
-
-    Args:
-        parts: f32, of this device.
-        boxes: of this device; those that come back are for the next exchange of any program.
-        interpret: run in interpret mode, which the assembly has no part in.
-
-    Raises:
-        ValueError: more numbers than `LARGEST`.
-    """
-    reason = why_no_exchange(parts)
-    if reason is not None:
-        raise ValueError(f"exchange of parts {parts.shape}: {reason}; add them up with jax.lax.psum")
-    count, m, rows = parts.shape
-    numbers = m * rows
-    found, turn = launch(
-        _work,
-        NAME,
-        {
-            "parts": parts.reshape(count, numbers),
-            "addresses": boxes.addresses,
-            "turn": boxes.turn,
-            "patience": boxes.patience,
-        },
-        {
-            "sum": jax.ShapeDtypeStruct((numbers,), jnp.float32),
-            "next": jax.ShapeDtypeStruct((1,), jnp.int32),
-        },
-        programs=ceil_div(numbers, THREADS),
-        rows=1,
-        warps=THREADS // 32,
-        interpret=interpret,
-    )
-    return found.reshape(1, m, rows), dataclasses.replace(boxes, turn=turn)
+    return total

@@ -1,5 +1,6 @@
 """The Triton kernel that adds a product to the residual stream and prepares the next product's x."""
 
+import dataclasses
 from functools import partial
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
+from pallas_kernels.decode_step.exchange import LARGEST, Boxes, over_devices
 from pallas_kernels.decode_step.launch import launch
 from pallas_kernels.decode_step.product import (
     PLANES,
@@ -49,6 +51,9 @@ def _work(ref: Refs, superblock: jax.Array, row: jax.Array, *, product: Product 
     x = plgpu.load(ref["x"].at[item, column], mask=inside, other=0).astype(jnp.float32)
     if product is not None:
         y = finished(ref, product, item, starts(superblock * WIDTH, PLANES, PLANE), PLANE)
+        if "turn" in ref:
+            y = over_devices(ref, y, item * (ref["squares"].shape[1] * WIDTH) + column)
+            plgpu.store(ref["next"].at[jnp.int32(0)], plgpu.load(ref["turn"].at[jnp.int32(0)]) + 1)
         x = jnp.where(inside, x + biased(ref, y, column, inside), 0.0)
     scale = plgpu.load(ref["scale"].at[column], mask=inside, other=0).astype(jnp.float32)
     scaled = jnp.where(row < tokens, x * scale, 0.0)
@@ -60,6 +65,12 @@ def _work(ref: Refs, superblock: jax.Array, row: jax.Array, *, product: Product 
         plgpu.store(ref["squares"].at[item, superblock], jnp.sum(x * x))
 
 
+def why_no_exchange(m: int, d: int) -> str | None:
+    """Why kernels can't add up m rows of d columns over devices, or None if they can."""
+    numbers = m * ceil_div(d, WIDTH) * WIDTH
+    return None if numbers <= LARGEST else f"{numbers} numbers are more than {LARGEST}"
+
+
 @partial(jax.jit, static_argnames=("rows", "interpret"))
 def finish_residual(
     x: Float[Array, "m d"],
@@ -67,27 +78,38 @@ def finish_residual(
     scale: Float[Array, "d"],
     *,
     rows: int | None = None,
+    boxes: Boxes | None = None,
     interpret: bool = False,
-) -> Residual:
-    """The residual stream x + y, with what a product of its RMSNorm reads.
+) -> tuple[Residual, Boxes | None]:
+    """The residual stream x + y, with what a product of its RMSNorm reads, and the boxes for the next sum of
+    any program.
 
     Args:
         x: f32, or embeddings of any float dtype.
         product: y, or None for zero.
         scale: of the RMSNorm.
         rows: of `Residual.scaled`; default m. More are filled with zeros.
-        interpret: run in interpret mode.
+        boxes: of this device, which holds one of the parts that make up y; None: it holds all of it.
+        interpret: run in interpret mode, which knows no assembly: without boxes.
+
+    Raises:
+        ValueError: with boxes, more numbers than `exchange.LARGEST`.
     """
     m, d = x.shape
     superblocks = ceil_div(d, WIDTH)
+    if boxes is not None and (reason := why_no_exchange(m, d)) is not None:
+        raise ValueError(f"residual stream: {reason}; add up with jax.lax.psum")
     operands = {"x": x, "scale": scale, **({} if product is None else product.operands)}
+    sums = None if product is None else boxes
+    operands |= {} if sums is None else sums.operands
     rows = m if rows is None else rows
     shapes = {
         "out": jax.ShapeDtypeStruct((m, d), jnp.float32),
         "squares": jax.ShapeDtypeStruct((m, superblocks), jnp.float32),
         **abstract_prepared(rows, superblocks)._asdict(),
+        **({"next": jax.ShapeDtypeStruct((1,), jnp.int32)} if sums is not None else {}),
     }
-    out, squares, values, unit = launch(
+    out, squares, values, unit, *turn = launch(
         partial(_work, product=None if product is None else abstract(product)),
         NAME,
         operands,
@@ -97,4 +119,6 @@ def finish_residual(
         warps=WARPS,
         interpret=interpret,
     )
-    return Residual(x=out, squares=squares, scaled=Prepared(values, unit))
+    if sums is not None:
+        boxes = dataclasses.replace(sums, turn=turn[0])
+    return Residual(x=out, squares=squares, scaled=Prepared(values, unit)), boxes

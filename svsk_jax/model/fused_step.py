@@ -9,15 +9,14 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode_step import (
     HEAD_DIMS,
-    LARGEST_EXCHANGE,
     MOST_QUERIES,
     Boxes,
     Product,
     attend,
-    exchange,
     finish_gated,
     finish_residual,
     product,
+    why_no_exchange,
 )
 from pallas_kernels.svsk_matmul import TritonInt8Weight, TritonWeight, triton_int8, why_no_triton
 from pallas_kernels.svsk_matmul.tuning import batch_of
@@ -27,10 +26,10 @@ from svsk_jax.model.linear import Linear, join_over, sum_over
 LARGEST_BATCH = 64
 """Sequences that a step takes."""
 SMALL_SUM = 1 << 18
-"""Bytes of a product's parts up to which devices exchange them as they are. Adding up its own first is one
-more launch for each device."""
+"""Bytes of a product's parts up to which XLA sums them over devices as they are. Adding up its own first is
+one more launch for each device."""
 MOST_ROWS_EXCHANGED = 16
-"""Sequences up to which devices exchange through `Boxes`."""
+"""Sequences up to which devices add up through `Boxes`."""
 
 
 def why_not_fused(model: Decoder, *, interpret: bool = False) -> str | None:
@@ -93,17 +92,13 @@ def fused_step(
     layers = [_Layer(layer) for layer in model.layers]
     head = _head(model)
     x = model.embedding(tokens, model.dtype)
-    sums = _Sums(model.axis, boxes if exchanges(model, m) else None, interpret)
+    boxes = boxes if exchanges(model, m) else None
+    axis = None if boxes is not None else model.axis
     pending = None
     arrivals = jnp.zeros((m, config.num_kv_heads), jnp.int32)
     new_keys, new_values = [], []
     for layer, layer_keys, layer_values in zip(layers, keys, values, strict=True):
-        stream = finish_residual(
-            x,
-            pending,
-            layer.input_norm,
-            interpret=interpret,
-        )
+        stream, boxes = finish_residual(x, pending, layer.input_norm, boxes=boxes, interpret=interpret)
         qkv = product(stream.scaled, layer.qkv, layer.qkv_bias, interpret=interpret)
         mixed, layer_keys, layer_values, arrivals = attend(
             qkv,
@@ -117,22 +112,17 @@ def fused_step(
             window=config.sliding_window,
             **norm,
         )
-        o = sums.over_devices(product(mixed, layer.o, layer.o_bias, interpret=interpret))
-        stream = finish_residual(
-            stream.x,
-            o,
-            layer.mlp_norm,
-            interpret=interpret,
-        )
+        o = _over_devices(product(mixed, layer.o, layer.o_bias, interpret=interpret), axis)
+        stream, boxes = finish_residual(stream.x, o, layer.mlp_norm, boxes=boxes, interpret=interpret)
         gate_up = product(stream.scaled, layer.gate_up, layer.gate_up_bias, interpret=interpret)
         hidden = finish_gated(gate_up, stream.squares, **norm)
-        pending = sums.over_devices(product(hidden, layer.down, layer.down_bias, interpret=interpret))
+        pending = _over_devices(product(hidden, layer.down, layer.down_bias, interpret=interpret), axis)
         x = stream.x
         new_keys.append(layer_keys)
         new_values.append(layer_values)
     rows = max(8, m)
     scale = model.final_norm.scale.get_value()
-    stream = finish_residual(x, pending, scale, rows=rows, interpret=interpret)
+    stream, _ = finish_residual(x, pending, scale, rows=rows, boxes=boxes, interpret=interpret)
     logits = triton_int8.matmul(stream.scaled, head, jnp.float32, batch=batch_of(rows), interpret=interpret)
     rms = jnp.sqrt(jnp.sum(stream.squares, axis=-1, keepdims=True) / d + config.rms_norm_eps)
     logits = join_over(logits[:m, : head.shape[0]], model.axis, config.vocab_size)
@@ -141,31 +131,23 @@ def fused_step(
 
 def exchanges(model: Decoder, sequences: int) -> int:
     """How many turns of `Boxes` a step for some sequences takes, of one device's share of a model."""
-    fits = sequences <= MOST_ROWS_EXCHANGED and 2 * sequences * model.config.hidden_size <= LARGEST_EXCHANGE
-    return 2 * model.config.num_layers if model.axis is not None and fits else 0
+    config = model.config
+    fits = sequences <= MOST_ROWS_EXCHANGED and why_no_exchange(sequences, config.hidden_size) is None
+    return 2 * config.num_layers if model.axis is not None and fits else 0
 
 
-class _Sums:
-    """Adds up over a mesh axis, one product after another."""
+def _over_devices(found: Product, axis: str | None) -> Product:
+    """A product of columns that are divided over an axis, if there is one, with parts that XLA has summed.
 
-    def __init__(self, axis: str | None, boxes: Boxes | None, interpret: bool):
-        self._axis, self._boxes, self._interpret = axis, boxes, interpret
-
-    def over_devices(self, found: Product) -> Product:
-        """A product of columns that are divided over the axis, with parts that are the devices' sums.
-
-        Devices hold the same U and scales of the sidecar, which the next kernel applies: what is summed holds
-        the rows of V x as well. Where XLA sums, a few parts of one token are left to the next kernel too.
-        """
-        if self._axis is None:
-            return found
-        parts = found.parts
-        if self._boxes is not None:
-            parts, self._boxes = exchange(parts, self._boxes, interpret=self._interpret)
-            return dataclasses.replace(found, parts=parts)
-        if parts.nbytes > SMALL_SUM:
-            parts = jnp.sum(parts, axis=0, keepdims=True)
-        return dataclasses.replace(found, parts=sum_over(parts, self._axis))
+    Devices hold the same U and scales of the sidecar, which the next kernel applies: what is summed holds the
+    rows of V x as well. A few parts of one token are left to the next kernel too.
+    """
+    if axis is None:
+        return found
+    parts = found.parts
+    if parts.nbytes > SMALL_SUM:
+        parts = jnp.sum(parts, axis=0, keepdims=True)
+    return dataclasses.replace(found, parts=sum_over(parts, axis))
 
 
 class _Layer:

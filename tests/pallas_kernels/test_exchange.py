@@ -1,4 +1,4 @@
-"""The exchange between GPUs: devices are threads, their memories and the kernel's assembly are emulated."""
+"""Sums between GPUs: devices are threads, their memories and the kernel's assembly are emulated."""
 
 import dataclasses
 
@@ -9,27 +9,43 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from peer_memory import Memory, boxes_of, emulate
 
-from pallas_kernels.decode_step.exchange import exchange
+from pallas_kernels.decode_step import Product, finish_residual
+from pallas_kernels.svsk_matmul import lay_out
+from pallas_kernels.svsk_matmul.synthetic import random_weight
 from svsk_jax.parallel import MODEL, make_mesh
 from svsk_jax.parallel.boxes import SPECS, PeerBoxes
+
+COLUMNS = 300
+"""Of the residual stream: the last program is filled up."""
+
+
+def product_of(parts):
+    """One whose sum over devices is all there is to it: it has no sidecar."""
+    weight = lay_out(random_weight(jax.random.key(0), COLUMNS, 64, rank=0))
+    padding = weight.padded_rows - parts.shape[-1]
+    return Product(parts=jnp.pad(parts, ((0, 0), (0, 0), (0, padding))), weight=weight)
+
+
+def added(x, parts, boxes):
+    return finish_residual(x, product_of(parts), jnp.ones(COLUMNS), boxes=boxes, interpret=True)
 
 
 @pytest.mark.parametrize(("devices", "turn"), [(2, 1), (4, 2**31 - 2)])
 def test_devices_add_up_in_turn(devices, turn, monkeypatch):
     memory = Memory(devices)
-
     emulate(monkeypatch, memory)
     mesh = make_mesh(1, devices, jax.devices()[:devices])
+    scales = (1.0, -2.0, 0.5, 3.0)
 
     def several(parts, boxes):
-        found = []
-        for scale in (1.0, -2.0, 0.5, 3.0):
-            total, boxes = exchange(parts[0] * jnp.float32(scale), boxes, interpret=True)
-            found.append(total)
+        x, found = jnp.zeros((2, COLUMNS)), []
+        for scale in scales:
+            stream, boxes = added(x, parts[0] * jnp.float32(scale), boxes)
+            x = stream.x
+            found.append(x)
         return jnp.stack(found)[None], boxes.turn[None]
 
-    # The last program is filled up.
-    parts = np.random.default_rng(1).normal(size=(devices, 3, 2, 131)).astype(np.float32)
+    parts = np.random.default_rng(1).normal(size=(devices, 3, 2, COLUMNS)).astype(np.float32)
     run = jax.shard_map(
         several,
         mesh=mesh,
@@ -39,34 +55,37 @@ def test_devices_add_up_in_turn(devices, turn, monkeypatch):
     )
     found, turns = jax.jit(run)(parts, boxes_of(devices, turn))
     expected = parts.sum((0, 1))
-    for scale, total in zip((1.0, -2.0, 0.5, 3.0), np.moveaxis(np.asarray(found), 1, 0), strict=True):
+    for scale, total in zip(np.cumsum(scales), np.moveaxis(np.asarray(found), 1, 0), strict=True):
         np.testing.assert_allclose(
             total, np.broadcast_to(scale * expected, total.shape), rtol=1e-5, atol=1e-5
         )
         assert (total == total[0]).all()
     assert np.asarray(turns).tolist() == [[np.int64(turn + 4).astype(np.int32)]] * devices
-    # Two programs, each of which sends to every device.
-    assert memory.stores == 4 * 2 * devices * devices
+    # Two programs for each of two rows, each of which sends to every device.
+    assert memory.stores == 4 * 2 * 2 * devices * devices
 
 
 @pytest.mark.parametrize("patience", [0, 3])
 def test_a_device_whose_numbers_do_not_come(patience, monkeypatch):
     """What it does not know is not a number; the next turn finds everything in its place."""
     emulate(monkeypatch, Memory(2))
-    # A shape of its own: a compiled call keeps the memory that it was traced with.
-    parts = jnp.ones((1, 1, 5 + patience))
-    alone = jax.tree.map(lambda each: each[:, :1] if each.ndim == 3 else each, boxes_of(2, 5, patience))
-    found, after = exchange(parts, alone, interpret=True)
-    assert np.isnan(found).all()
+    # As many rows of its own: a compiled call keeps the memory that it was traced with.
+    rows = 3 + patience
+    x, parts = jnp.zeros((rows, COLUMNS)), jnp.ones((1, rows, COLUMNS))
+    boxes = boxes_of(2, 5, patience)
+    mine, other = (
+        dataclasses.replace(boxes, addresses=boxes.addresses[:, place : place + 1]) for place in range(2)
+    )
+    stream, after = added(x, parts, mine)
+    assert np.isnan(stream.x).all()
     assert int(after.turn[0]) == 6
-    other = dataclasses.replace(alone, addresses=boxes_of(2, 5).addresses[:, 1:])
-    found, _ = exchange(2 * parts, other, interpret=True)
-    assert (np.asarray(found) == 3).all()
+    stream, _ = added(x, 2 * parts, other)
+    assert (np.asarray(stream.x) == 3).all()
 
 
 def test_too_many_numbers():
-    with pytest.raises(ValueError, match=r"262400 numbers are more than 262144; add them up"):
-        exchange(jnp.zeros((1, 64, 4100)), boxes_of(2, 1), interpret=True)
+    with pytest.raises(ValueError, match=r"278528 numbers are more than 262144; add up with jax.lax.psum"):
+        finish_residual(jnp.zeros((64, 4100)), None, jnp.ones(4100), boxes=boxes_of(2, 1), interpret=True)
 
 
 @pytest.mark.parametrize(("data", "model", "why"), [(2, 1, "one device along"), (1, 2, "are not GPUs")])
