@@ -80,9 +80,9 @@ def burst(
 
     run = jax.jit(again, donate_argnums=1, compiler_options=options or {})
     turns = steps.BURST * exchanges_of(model, batch)
-    lengths = jnp.full((batch,), CONTEXT - steps.BURST, jnp.int32)
 
     def started() -> steps.State:
+        lengths = jnp.full((batch,), CONTEXT - steps.BURST, jnp.int32)
         state = steps.State(caches(model, batch), caches(model, batch), lengths, jnp.zeros(batch, jnp.int32))
         return divided(model.mesh, state) if isinstance(model, ParallelDecoder) else state
 
@@ -149,7 +149,6 @@ def decode(tiny: bool, report: Callable[..., None]) -> None:
                 tokens_per_second=1e3 * batch / ms,
                 times_one_device=alone[batch][0] / ms,
             )
-        for way, held, batch in cases:
             if devices > 1:
                 compare(devices, way, batch, logits(model, batch, tiny, held), alone[batch][1], report)
         del model

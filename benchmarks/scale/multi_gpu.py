@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 SECONDS = {
-    "decode": 260,
+    "decode": 300,
     "exchange": 120,
     "kernels": 75,
     "calibration": 90,
