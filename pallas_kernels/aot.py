@@ -139,6 +139,19 @@ class Kernel:
         return sum(bool(re.match(pattern, i.opcode)) for i in (self.instructions if body is None else body))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """A compiled function."""
+
+    text: str
+    """As XLA optimized it."""
+    kernels: list[Kernel]
+    """XLA's own included."""
+    launched_alone: list[str]
+    """Names of the kernels that the host launches one by one, each time: those outside of command buffers
+    (CUDA graphs)."""
+
+
 ONE = (("x", 1),)
 """The mesh of a program for one device: names and sizes of its axes."""
 
@@ -210,7 +223,7 @@ def compile_for(
     arguments: Sequence[Any],
     target: str,
     axes: tuple[tuple[str, int], ...] = ONE,
-) -> tuple[jax.stages.Compiled, list[Kernel]]:
+) -> Program:
     """Compile `function` of these arguments (arrays, abstract or not) for a target.
 
     Args:
@@ -219,9 +232,6 @@ def compile_for(
             `targeting` yields.
         target: of `TARGETS`.
         axes: of the mesh, where the program is for several devices.
-
-    Returns:
-        The compiled function, and its kernels, XLA's own included.
 
     Raises:
         NotImplementedError: a wheel or one of the two variables is missing.
@@ -237,7 +247,14 @@ def compile_for(
         abstract = jax.tree.map(abstract_of, tuple(arguments))
         compiled = jax.jit(function).lower(*abstract).compile(compiler_options={"xla_dump_to": folder})
         kernels = [_assemble(path, TARGETS[target]) for path in sorted(Path(folder).glob("*.ptx"))]
-    return compiled, [kernel for kernel in kernels if kernel is not None]
+        # The second is there where a pass has changed the first.
+        plan = sorted(Path(folder).glob("*.thunk_sequence*.txt"))[-1].read_text(encoding="utf-8")
+        alone = re.findall(r"^\d+: k\w*Kernel\b[^\]]*\] (\w+)", plan, re.MULTILINE)
+    return Program(
+        text=compiled.as_text() or "",
+        kernels=[kernel for kernel in kernels if kernel is not None],
+        launched_alone=alone,
+    )
 
 
 def _is_installed(module: str) -> bool:

@@ -80,10 +80,8 @@ def compiled_figures(
         name = triton_decode.NAME if blocks.batch == 1 else triton_rows.NAME
         rows, warps = blocks.rows, blocks.warps
     x = jax.ShapeDtypeStruct((m, weight.shape[1]), jnp.bfloat16)
-    _, kernels = aot.compile_for(
-        lambda x, weight: triton.matmul(x, weight, blocks=blocks), (x, weight), target
-    )
-    [kernel] = [each for each in kernels if each.name == name]
+    program = aot.compile_for(lambda x, weight: triton.matmul(x, weight, blocks=blocks), (x, weight), target)
+    [kernel] = [each for each in program.kernels if each.name == name]
     loop = kernel.loops[0] if kernel.loops else ()
     threads, columns = warps * aot.WARP, SUPERBLOCK * (1 if blocks is None else blocks.superblocks)
     return Figures(

@@ -65,12 +65,12 @@ def test_the_decoder_as_it_is():
     token, length = jax.ShapeDtypeStruct((BATCH, 1), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
     # Attention of bf16 promotes on its own.
     with jax.numpy_dtype_promotion("standard"):
-        compiled, kernels = aot.compile_for(step, (weights, token, cache, cache, length), "sm_90")
-    names = {re.sub(r"__\d+$", "", kernel.name) for kernel in kernels}
+        program = aot.compile_for(step, (weights, token, cache, cache, length), "sm_90")
+    names = {re.sub(r"__\d+$", "", kernel.name) for kernel in program.kernels}
     assert {"svsk_rows", "svsk_prepare", "svsk_epilogue", "svsk_int8"} <= names
     # Layers of equal shapes share their kernels: qkv, o, gate and up, down.
-    assert sum(kernel.name.startswith("svsk_rows") for kernel in kernels) == 4
-    text = compiled.as_text()
+    assert sum(kernel.name.startswith("svsk_rows") for kernel in program.kernels) == 4
+    text = program.text
     assert len(re.findall(r'name = "svsk_rows"', text)) == 4 * CONFIG.num_layers
     check_nothing_large_moves(weights, text)
 
@@ -78,6 +78,11 @@ def test_the_decoder_as_it_is():
 def launches(text):
     """How often each kernel is launched."""
     return Counter(re.findall(r'name = "(svsk_\w+)"', text))
+
+
+def alone(program):
+    """The step's kernels outside of command buffers."""
+    return [name for name in program.launched_alone if name.startswith("svsk_")]
 
 
 def of_a_step(batch):
@@ -118,8 +123,8 @@ def test_the_fused_step_over_two_devices(batch, by_boxes):
             turn=jax.ShapeDtypeStruct((1,), jnp.int32),
             patience=jax.ShapeDtypeStruct((1,), jnp.int32),
         )
-    compiled, _ = aot.compile_for(step, (shares, tokens, cache, cache, tokens, boxes), "sm_90", axes)
-    text = compiled.as_text()
+    program = aot.compile_for(step, (shares, tokens, cache, cache, tokens, boxes), "sm_90", axes)
+    text = program.text
     # A sum behind o and down, and one for the embedding; the logits are gathered.
     sums = 2 * CONFIG.num_layers
     assert launches(text) == of_a_step(batch)
@@ -127,6 +132,8 @@ def test_the_fused_step_over_two_devices(batch, by_boxes):
     assert len(re.findall(r" = .*? all-gather-start\(", text)) == 1
     # The parts of one token are summed as they are, by the devices' sum alone.
     assert batch > 1 or "loop_reduce_fusion" not in text
+    # XLA launches its own sums from the host, and between them everything else.
+    assert bool(alone(program)) != by_boxes
     check_nothing_large_moves(weights, text)
 
 
@@ -141,11 +148,12 @@ def test_the_fused_step(batch):
         )
         return jnp.argmax(logits, axis=-1), keys, values
 
-    compiled, kernels = aot.compile_for(fused, (weights, tokens, cache, cache, tokens), "sm_90")
-    text = compiled.as_text()
+    program = aot.compile_for(fused, (weights, tokens, cache, cache, tokens), "sm_90")
+    text = program.text
+    assert not alone(program)
     assert launches(text) == of_a_step(batch)
     # Nothing else is launched for a layer: what remains looks tokens up, turns angles and takes the largest.
     assert len(re.findall(r" = .*? fusion\(", text)) <= 12
-    spilled = {kernel.name: kernel.spilled_bytes for kernel in kernels if kernel.spilled_bytes > 32}
+    spilled = {kernel.name: kernel.spilled_bytes for kernel in program.kernels if kernel.spilled_bytes > 32}
     assert not spilled
     check_nothing_large_moves(weights, text)

@@ -19,7 +19,7 @@ ROWS = 96
 def test_a_row_stays_in_registers(target, beams):
     shapes = ((COLUMNS, beams, ROWS), (COLUMNS, ROWS), (COLUMNS, COLUMNS), (2,), (beams, ROWS))
     operands = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    _, kernels = aot.compile_for(round_columns, operands, target)
+    kernels = aot.compile_for(round_columns, operands, target).kernels
     [kernel] = [each for each in kernels if each.name.startswith(NAME)]
     assert (kernel.stack_bytes, kernel.spilled_bytes) == (0, 0)
     # A warp is a program: as many as an SM has schedulers' worth of registers for are there at a time.
