@@ -1,10 +1,13 @@
 """Test-wide settings: eight fake CPU devices unless another platform is asked for, programs compiled with few
 optimizations, strict dtype promotion, no hub."""
 
+import gc
 import os
 
 import jaxlib.version
 
+# Nothing that is imported goes away: looking for garbage among it, now and while tests run, takes time.
+gc.disable()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 if os.environ["JAX_PLATFORMS"] == "cpu":
@@ -27,6 +30,12 @@ from svsk_jax.demo_model import smollm2_gguf as fetch_smollm2
 from svsk_jax.model import ModelConfig
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def pytest_collection_finish() -> None:
+    """From here on garbage is looked for among what tests make."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
