@@ -118,7 +118,21 @@ class Kernel:
     stack_bytes: int
     spilled_bytes: int
     shared_bytes: int
-    instructions: tuple[Instruction, ...]
+    cubin: bytes = dataclasses.field(repr=False)
+
+    @cached_property
+    def instructions(self) -> tuple[Instruction, ...]:
+        """Its machine code, disassembled when first asked for, which takes as long as compiling.
+
+        Raises:
+            RuntimeError: the disassembler failed.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "kernel.cubin"
+            path.write_bytes(self.cubin)
+            code = _run(_tool("cuobjdump"), "--dump-sass", path)
+        lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", code)
+        return tuple(Instruction(address=int(a, 16), opcode=o, operands=r) for a, o, r in lines)
 
     @cached_property
     def loops(self) -> list[tuple[Instruction, ...]]:
@@ -235,7 +249,7 @@ def compile_for(
 
     Raises:
         NotImplementedError: a wheel or one of the two variables is missing.
-        RuntimeError: ptxas or the disassembler failed.
+        RuntimeError: ptxas failed.
     """
     with tempfile.TemporaryDirectory() as folder, targeting(target, axes) as mesh:
         whole = NamedSharding(mesh, PartitionSpec())
@@ -281,8 +295,6 @@ def _assemble(path: Path, target: Target) -> Kernel | None:
         return None
     cubin = path.with_suffix(".cubin")
     said = _run(_tool("ptxas"), "-v", f"-arch={target.ptxas}", path, "-o", cubin)
-    code = _run(_tool("cuobjdump"), "--dump-sass", cubin)
-    lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", code)
 
     def total(pattern: str) -> int:
         return sum(map(int, re.findall(pattern, said)))
@@ -293,5 +305,5 @@ def _assemble(path: Path, target: Target) -> Kernel | None:
         stack_bytes=total(r"(\d+) bytes stack"),
         spilled_bytes=total(r"(\d+) bytes spill"),
         shared_bytes=total(r"(\d+) bytes smem"),
-        instructions=tuple(Instruction(address=int(a, 16), opcode=o, operands=r) for a, o, r in lines),
+        cubin=cubin.read_bytes(),
     )

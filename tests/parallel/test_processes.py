@@ -43,7 +43,7 @@ def launch(*command):
     arguments = ["--processes", "2", "--devices", "2", "--", *map(str, command)]
     return subprocess.run(
         [sys.executable, "-m", "svsk_jax.parallel.launch", *arguments],
-        env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=500,
