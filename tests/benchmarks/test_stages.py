@@ -1,0 +1,64 @@
+"""What the benchmark of stages makes of what its processes found, and how it keeps to its cores."""
+
+import os
+
+import pytest
+
+from benchmarks.scale.pinned import pin
+from benchmarks.scale.stages_report import markdown, stages
+
+PREDICTED = {"calibrate": 400, "sensitivity": 200, "plan": 500}
+
+
+def found(device, anew=True):
+    return {
+        "seconds_by_layer": {"calibrate": [1.0, 2.0], "sensitivity": [4.0]},
+        "predicted_bytes": PREDICTED,
+        "peak_bytes": {"calibrate": 100, "sensitivity": 240},
+        "device_peak_bytes": device,
+        "begins_anew": anew,
+    }
+
+
+@pytest.mark.parametrize(
+    ("device", "anew", "ratios"),
+    [
+        ({}, True, [0.25, 1.2]),
+        # Since the process began: beside the larger prediction.
+        ({}, False, [0.25, 0.6]),
+        ({"calibrate": 300, "sensitivity": 440}, True, [0.75, 1.1]),
+    ],
+)
+def test_beside_the_plan(device, anew, ratios):
+    rows = list(stages({"model": {"done": True}, "calibrate": found(device, anew)}))
+    assert [row["ratio"] for row in rows] == pytest.approx(ratios)
+    assert [(row["stage"], row["layers"], row["seconds"]) for row in rows] == [
+        ("calibrate", 2, 3.0),
+        ("sensitivity", 1, 4.0),
+    ]
+
+
+def test_a_process_that_failed_is_told():
+    said = markdown(
+        {
+            "layers": 2,
+            "parameters": 1234,
+            "processes": {"calibrate": found({}) | {"error": "not done in time"}},
+        }
+    )
+    assert "1,234 parameters" in said
+    assert "| sensitivity | 1 of 2 | 4 |" in said
+    assert said.endswith("calibrate: not done in time\n")
+
+
+def test_cores():
+    here = os.sched_getaffinity(0)
+    try:
+        pin(None)
+        assert os.sched_getaffinity(0) == here
+        pin(1)
+        assert os.sched_getaffinity(0) == {min(here)}
+    finally:
+        os.sched_setaffinity(0, here)
+    with pytest.raises(ValueError, match="--threads 0: expected 1 to"):
+        pin(0)
