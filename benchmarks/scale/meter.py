@@ -14,8 +14,9 @@ CLEAR_PEAK = Path("/proc/self/clear_refs")
 
 
 class Meter:
-    """Seconds of each layer of each stage, and the most memory that each stage has held, in bytes: the
-    process's resident set, and the arrays on the first device, where it keeps count (`device_peaks`).
+    """Seconds and memory of each layer of each stage: the largest resident set of the process in bytes beyond
+    its `baseline` (`peaks`), and by the end of each stage the most that the first device has held, where it
+    keeps count (`device_peaks`).
 
     The resident set's peak (VmHWM) begins anew with each layer, where the system lets it (`begins_anew`);
     elsewhere, and always on a device, it is the most since the process began.
@@ -26,7 +27,7 @@ class Meter:
 
     def __init__(self, on_layer: Callable[["Meter"], None] | None = None):
         self.seconds: dict[str, list[float]] = {}
-        self.peaks: dict[str, int] = {}
+        self.peaks: dict[str, list[int]] = {}
         self.device_peaks: dict[str, int] = {}
         self._on_layer = on_layer
         self.begins_anew = self._clear()
@@ -37,7 +38,7 @@ class Meter:
         """Book what was used since the last event."""
         now = time.perf_counter()
         self.seconds.setdefault(event.stage, []).append(now - self._mark)
-        self.peaks[event.stage] = max(self.peaks.get(event.stage, 0), host_peak() - self.baseline)
+        self.peaks.setdefault(event.stage, []).append(host_peak() - self.baseline)
         on_device = device_peak()
         if on_device is not None:
             self.device_peaks[event.stage] = on_device
@@ -53,7 +54,8 @@ class Meter:
             "baseline_bytes": self.baseline,
             "begins_anew": self.begins_anew,
             "seconds_by_layer": self.seconds,
-            "peak_bytes": self.peaks,
+            "peak_bytes_by_layer": self.peaks,
+            "peak_bytes": {stage: max(peaks) for stage, peaks in self.peaks.items()},
             "device_peak_bytes": self.device_peaks,
         }
 

@@ -1,9 +1,18 @@
-"""The table of the benchmark of stages."""
+"""The table of the benchmark of stages: memory beyond the baseline in MB, `host` of the worst layer."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-HEADER = ["stage", "layers", "s", "host, MB", "device, MB", "predicted, MB", "measured / predicted"]
+HEADER = [
+    "stage",
+    "layers",
+    "s",
+    "host, MB",
+    "its last layer",
+    "device, MB",
+    "predicted, MB",
+    "measured / predicted",
+]
 
 
 def stages(processes: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -25,6 +34,7 @@ def stages(processes: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                 "layers": len(seconds),
                 "seconds": sum(seconds),
                 "host": found["peak_bytes"][stage],
+                "last": found["peak_bytes_by_layer"][stage][-1],
                 "device": on_device,
                 "predicted": bound,
                 "ratio": measured / bound,
@@ -42,6 +52,7 @@ def markdown(report: Mapping[str, Any]) -> str:
                 f"{row['layers']} of {report['layers']}",
                 f"{row['seconds']:.0f}",
                 f"{row['host'] / 1e6:.0f}",
+                f"{row['last'] / 1e6:.0f}",
                 device,
                 f"{row['predicted'] / 1e6:.0f}",
                 f"{row['ratio']:.2f}",

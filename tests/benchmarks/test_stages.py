@@ -7,14 +7,16 @@ import pytest
 from benchmarks.scale.pinned import pin
 from benchmarks.scale.stages_report import markdown, stages
 
-PREDICTED = {"calibrate": 400, "sensitivity": 200, "plan": 500}
+MB = 10**6
+PREDICTED = {"calibrate": 400 * MB, "sensitivity": 200 * MB, "plan": 500 * MB}
 
 
 def found(device, anew=True):
     return {
         "seconds_by_layer": {"calibrate": [1.0, 2.0], "sensitivity": [4.0]},
         "predicted_bytes": PREDICTED,
-        "peak_bytes": {"calibrate": 100, "sensitivity": 240},
+        "peak_bytes": {"calibrate": 100 * MB, "sensitivity": 240 * MB},
+        "peak_bytes_by_layer": {"calibrate": [100 * MB, 90 * MB], "sensitivity": [240 * MB]},
         "device_peak_bytes": device,
         "begins_anew": anew,
     }
@@ -26,7 +28,7 @@ def found(device, anew=True):
         ({}, True, [0.25, 1.2]),
         # Since the process began: beside the larger prediction.
         ({}, False, [0.25, 0.6]),
-        ({"calibrate": 300, "sensitivity": 440}, True, [0.75, 1.1]),
+        ({"calibrate": 300 * MB, "sensitivity": 440 * MB}, True, [0.75, 1.1]),
     ],
 )
 def test_beside_the_plan(device, anew, ratios):
@@ -47,7 +49,7 @@ def test_a_process_that_failed_is_told():
         }
     )
     assert "1,234 parameters" in said
-    assert "| sensitivity | 1 of 2 | 4 |" in said
+    assert "| calibrate | 2 of 2 | 3 | 100 | 90 |  | 400 | 0.25 |" in said
     assert said.endswith("calibrate: not done in time\n")
 
 
