@@ -11,7 +11,8 @@ own. The second of them is also calibrated over several devices: fake ones, whic
 that copies count and time does not fall. Seconds of a layer are the median of a stage's layers but the first,
 which compiles most of the programs, though not all. Memory is the process's largest resident set in a stage
 (VmHWM, begun anew with each layer; Linux), beyond what it is after importing everything and one small
-computation. With --model it is one run of that model.
+computation. With --model it is one run of that model. --threads keeps all of it to some of the cores, so that
+others' work on the rest disturbs times less.
 """
 
 import argparse
@@ -157,7 +158,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
-    parser.add_argument("--devices", type=int, nargs="+", default=DEVICES)
+    parser.add_argument("--devices", type=int, nargs="*", default=DEVICES, help="may be none")
     parser.add_argument("--model", default=None, help="one run of this model instead")
     parser.add_argument("--chunks", type=int, default=16)
     parser.add_argument("--length", type=int, default=256, help="tokens of a chunk")
@@ -183,18 +184,28 @@ def main() -> None:
         "tokens": arguments.chunks * arguments.length,
         "note": arguments.note,
     }
+    report["sizes"] = []
     if arguments.model:
-        report |= {"model": Path(arguments.model).name, "sizes": [run(arguments, arguments.model, 1, True)]}
+        report |= {"model": Path(arguments.model).name}
+        report["sizes"].append(run(arguments, arguments.model, 1, True))
     else:
-        report["sizes"] = [synthetic(arguments, width, 1, True) for width in arguments.widths]
-        report["by_devices"] = [
-            synthetic(arguments, arguments.widths[1], count, False) for count in arguments.devices
-        ]
+        for width in arguments.widths:
+            report["sizes"].append(synthetic(arguments, width, 1, True))
+            keep(report, arguments.json)
+        for count in arguments.devices:
+            found = synthetic(arguments, arguments.widths[:2][-1], count, False)
+            report.setdefault("by_devices", []).append(found)
+            keep(report, arguments.json)
+    keep(report, arguments.json)
     print(markdown(report))
-    if arguments.json:
-        write_json(arguments.json, report)
     if arguments.plot:
         plot(report, arguments.plot)
+
+
+def keep(report: dict[str, Any], path: Path | None) -> None:
+    """Write what there is by now: the machine's time may end before the benchmark does."""
+    if path:
+        write_json(path, report)
 
 
 def synthetic(arguments: argparse.Namespace, width: int, devices: int, quantizes: bool) -> dict[str, Any]:
