@@ -2,7 +2,7 @@
 devices, beside what the memory plan predicts.
 
     python -m benchmarks.scale.size [--widths 128 256 384 512] [--devices 1 2 4 8] [--json results.json]
-        [--plot size.svg]
+        [--threads 4] [--plot size.svg]
     python -m benchmarks.scale.size --model MODEL [--chunks 16] [--length 512] [--max-memory GB]
 
 Models of four layers and growing width, with random weights, are written to a temporary folder (safetensors,
@@ -11,7 +11,8 @@ own. The second of them is also calibrated over several devices: fake ones, whic
 that copies count and time does not fall. Seconds of a layer are the median of a stage's layers but the first,
 which compiles most of the programs, though not all. Memory is the process's largest resident set in a stage
 (VmHWM, begun anew with each layer; Linux), beyond what it is after importing everything and one small
-computation. With --model it is one run of that model.
+computation. With --model it is one run of that model. --threads keeps all of it to some of the cores, so that
+others' work on the rest disturbs times less.
 """
 
 import argparse
@@ -24,7 +25,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.scale.meter import Meter
+from benchmarks.scale.pinned import pin
 from benchmarks.scale.size_report import markdown, plot
 from benchmarks.speed.block import write_checkpoint
 from svsk_jax import CalibrationConfig, Statistics, calibrate, open_model, quantize, recipe
@@ -46,7 +48,6 @@ from svsk_jax.pipeline.memory import (
     plan_calibration,
     plan_quantization,
 )
-from svsk_jax.pipeline.progress import Progress
 from svsk_jax.storage.atomic import write_json
 from svsk_jax.xla_flags import take_library_products
 
@@ -75,32 +76,6 @@ def config_of(width: int, layers: int = 4) -> ModelConfig:
     )
 
 
-class Stages:
-    """Seconds of each layer of each stage, and the largest resident set of each stage in bytes."""
-
-    def __init__(self):
-        self.seconds: dict[str, list[float]] = {}
-        self.peaks: dict[str, int] = {}
-        self.start()
-
-    def start(self) -> None:
-        """Count from now; VmHWM begins anew from what is resident."""
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        self._mark = time.perf_counter()
-
-    @staticmethod
-    def peak() -> int:
-        """VmHWM in bytes."""
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-
-    def __call__(self, event: Progress) -> None:
-        """Book what was used since the last event."""
-        self.peaks[event.stage] = max(self.peaks.get(event.stage, 0), self.peak())
-        self.seconds.setdefault(event.stage, []).append(time.perf_counter() - self._mark)
-        self.start()
-
-
 def calibration_of(chunks: int, length: int) -> CalibrationConfig:
     """What is measured on so many chunks."""
     return CalibrationConfig(chunks=chunks, chunk_length=length, fisher_chunks=chunks // 2)
@@ -111,8 +86,7 @@ def measure(model: str, chunks: int, length: int, limit: int | None, quantizes: 
     source = open_model(model)
     jax.block_until_ready(jnp.ones((64, 64)) @ jnp.ones((64, 64)))
     gc.collect()
-    stages = Stages()
-    baseline = stages.peak()
+    meter = Meter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ids = np.random.default_rng(1).integers(0, source.config.vocab_size, (chunks, length), np.int32)
@@ -122,7 +96,7 @@ def measure(model: str, chunks: int, length: int, limit: int | None, quantizes: 
             calibration_of(chunks, length),
             chunks=Chunks(ids=ids, counts={"random tokens": chunks}),
             max_memory=limit,
-            on_progress=stages,
+            on_progress=meter,
         )
         if quantizes:
             quantize(
@@ -132,14 +106,9 @@ def measure(model: str, chunks: int, length: int, limit: int | None, quantizes: 
                 recipe=RECIPE,
                 statistics=Statistics.open(folder / "statistics"),
                 max_memory=limit,
-                on_progress=stages,
+                on_progress=meter,
             )
-    return {
-        "devices": jax.device_count(),
-        "baseline_bytes": baseline,
-        "seconds_by_layer": stages.seconds,
-        "peak_bytes": {stage: peak - baseline for stage, peak in stages.peaks.items()},
-    }
+    return {"devices": jax.device_count(), **meter.found()}
 
 
 def predicted(config: ModelConfig, devices: int, chunks: int, length: int, limit: int | None) -> MemoryPlan:
@@ -189,10 +158,11 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
-    parser.add_argument("--devices", type=int, nargs="+", default=DEVICES)
+    parser.add_argument("--devices", type=int, nargs="*", default=DEVICES, help="may be none")
     parser.add_argument("--model", default=None, help="one run of this model instead")
     parser.add_argument("--chunks", type=int, default=16)
     parser.add_argument("--length", type=int, default=256, help="tokens of a chunk")
+    parser.add_argument("--threads", type=int, default=None, help="CPU cores that are used; default all")
     parser.add_argument("--max-memory", type=float, default=None, help="as of `svsk quantize`")
     parser.add_argument("--note", default=None, help="what else the machine was doing")
     parser.add_argument("--json", type=Path, default=None)
@@ -205,26 +175,37 @@ def main() -> None:
         row = measure(model, int(chunks), int(length), int(limit) if limit else None, quantizes == "True")
         write_json(Path(found), row)
         return
+    pin(arguments.threads)
     report: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, cpu",
+        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, cpu",
         "versions": {name: version(name) for name in ("jax", "flax", "orbax-checkpoint")},
         "recipe": RECIPE,
         "tokens": arguments.chunks * arguments.length,
         "note": arguments.note,
     }
+    report["sizes"] = []
     if arguments.model:
-        report |= {"model": Path(arguments.model).name, "sizes": [run(arguments, arguments.model, 1, True)]}
+        report |= {"model": Path(arguments.model).name}
+        report["sizes"].append(run(arguments, arguments.model, 1, True))
     else:
-        report["sizes"] = [synthetic(arguments, width, 1, True) for width in arguments.widths]
-        report["by_devices"] = [
-            synthetic(arguments, arguments.widths[1], count, False) for count in arguments.devices
-        ]
+        for width in arguments.widths:
+            report["sizes"].append(synthetic(arguments, width, 1, True))
+            keep(report, arguments.json)
+        for count in arguments.devices:
+            found = synthetic(arguments, arguments.widths[:2][-1], count, False)
+            report.setdefault("by_devices", []).append(found)
+            keep(report, arguments.json)
+    keep(report, arguments.json)
     print(markdown(report))
-    if arguments.json:
-        write_json(arguments.json, report)
     if arguments.plot:
         plot(report, arguments.plot)
+
+
+def keep(report: dict[str, Any], path: Path | None) -> None:
+    """Write what there is by now: the machine's time may end before the benchmark does."""
+    if path:
+        write_json(path, report)
 
 
 def synthetic(arguments: argparse.Namespace, width: int, devices: int, quantizes: bool) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,33 +25,64 @@ def peaks(row: Row) -> tuple[float, float]:
     return max(measured.values()) / 1e6, max(predicted[stage] for stage in measured) / 1e6
 
 
-def growth(rows: Sequence[Row]) -> float:
-    """The power of its parameters that the seconds of a layer grow with; least squares of logarithms."""
-    seconds = [sum(layer_seconds(row).values()) for row in rows]
-    return float(np.polyfit(np.log([row["layer_parameters"] for row in rows]), np.log(seconds), 1)[0])
+def worst(row: Row) -> tuple[str, float]:
+    """The stage whose measured memory is largest beside its prediction, and their ratio."""
+    predicted = row["memory_plan"]["peaks"]
+    ratios = {stage: measured / predicted[stage] for stage, measured in row["peak_bytes"].items()}
+    stage = max(ratios, key=lambda name: ratios[name])
+    return stage, ratios[stage]
+
+
+class Growth(NamedTuple):
+    """How seconds grow with parameters over several models."""
+
+    power: float
+    """Of its parameters that they grow with: least squares of logarithms."""
+    straight: float
+    """R² of a straight line through them; 1 where they grow in proportion, or by a constant more."""
+
+
+def growth(parameters: Sequence[float], seconds: Sequence[float]) -> Growth:
+    """Fit both."""
+    power = np.polyfit(np.log(parameters), np.log(seconds), 1)[0]
+    return Growth(float(power), float(np.corrcoef(parameters, seconds)[0, 1] ** 2))
+
+
+def growths(rows: Sequence[Row]) -> dict[str, Growth]:
+    """Of the seconds of a layer with its parameters: of all stages together, and of each."""
+    parameters = [row["layer_parameters"] for row in rows]
+    seconds = [layer_seconds(row) for row in rows]
+    together = {"all stages": growth(parameters, [sum(each.values()) for each in seconds])}
+    return together | {stage: growth(parameters, [each[stage] for each in seconds]) for stage in STAGES}
 
 
 def markdown(report: Mapping[str, Any]) -> str:
     """The tables; `report` as `benchmarks.scale.size` writes it to JSON."""
     blocks = [_table("parameters", report["sizes"])]
     if len(report["sizes"]) > 1:
-        blocks.append(
-            f"Seconds of a layer grow with its parameters to the power {growth(report['sizes']):.2f}.\n"
-        )
+        blocks.append("Seconds of a layer against its parameters:\n")
+        lines = [["", "power of the parameters", "R² of a straight line"], ["---"] + ["---:"] * 2]
+        for stage, found in growths(report["sizes"]).items():
+            lines.append([stage, f"{found.power:.2f}", f"{found.straight:.3f}"])
+        blocks.append(_joined(lines))
     if "by_devices" in report:
         blocks.append(_table("devices", report["by_devices"]))
     return "\n".join(blocks)
 
 
+def _joined(lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
 def _table(key: str, rows: Sequence[Row]) -> str:
     stages = [stage for stage in STAGES if stage in rows[0]["peak_bytes"]]
     header = [key, "all seconds", *(f"{stage}, s/layer" for stage in stages)]
-    header += ["peak, MB", "predicted, MB", "measured / predicted"]
+    header += ["peak, MB", "predicted, MB", "measured / predicted", "worst stage"]
     lines = [header, ["---:"] * len(header)]
     for row in rows:
         measured, predicted = peaks(row)
         everything = sum(sum(each) for each in row["seconds_by_layer"].values())
-        each = layer_seconds(row)
+        each, (stage, ratio) = layer_seconds(row), worst(row)
         lines.append(
             [
                 f"{row[key]:,}",
@@ -60,9 +91,10 @@ def _table(key: str, rows: Sequence[Row]) -> str:
                 f"{measured:.0f}",
                 f"{predicted:.0f}",
                 f"{measured / predicted:.2f}",
+                f"{stage} {ratio:.2f}",
             ]
         )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return _joined(lines)
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:

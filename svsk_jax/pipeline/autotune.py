@@ -14,6 +14,7 @@ from svsk_jax.calibration.store import Statistics
 from svsk_jax.model.source import ModelSource
 from svsk_jax.parallel.distributed import barrier
 from svsk_jax.parallel.groups import DeviceGroups
+from svsk_jax.pipeline.allocator import give_back_freed_arrays
 from svsk_jax.pipeline.checks import default_dtype, refuse_packed, refuse_polish
 from svsk_jax.pipeline.memory import Machine, plan_quantization
 from svsk_jax.pipeline.options import measured_options, options_file
@@ -78,6 +79,7 @@ def autotune(
     if config.bits is None:
         raise ValueError(f"--recipe {recipe}: has no budget to allocate; take svsk-r16 or svsk-r8, or --bits")
     refuse_polish(recipe, config, source.config)
+    give_back_freed_arrays()
     dtype = default_dtype() if dtype is None else dtype
     plan_quantization(source.config, Machine.of(mesh, dtype), max_memory)
     statistics.check_model(source.fingerprint(), source.description)

@@ -34,6 +34,7 @@ from svsk_jax.model.source import ModelSource
 from svsk_jax.parallel import make_mesh
 from svsk_jax.parallel.distributed import agree, barrier, is_lead
 from svsk_jax.parallel.placement import readable
+from svsk_jax.pipeline.allocator import give_back_freed_arrays
 from svsk_jax.pipeline.checks import default_dtype, files_bytes, refuse_packed, require_space
 from svsk_jax.pipeline.identity import calibration_identity
 from svsk_jax.pipeline.memory import Machine, MemoryPlan, chunk_length, plan_calibration
@@ -93,6 +94,7 @@ def calibrate(
         OSError: too little disk space.
     """
     watch = Stopwatch()
+    give_back_freed_arrays()
     dtype = default_dtype() if dtype is None else dtype
     mesh = make_mesh() if mesh is None else mesh
     if chunks is not None:

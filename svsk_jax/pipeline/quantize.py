@@ -18,6 +18,7 @@ from svsk_jax.model.parameters import linear_inputs, parameter_shapes, quantized
 from svsk_jax.model.source import ModelSource
 from svsk_jax.parallel.distributed import agree, barrier, is_lead
 from svsk_jax.parallel.groups import DeviceGroups
+from svsk_jax.pipeline.allocator import give_back_freed_arrays
 from svsk_jax.pipeline.calibrate import calibrate
 from svsk_jax.pipeline.checks import (
     check_weight,
@@ -123,6 +124,7 @@ def quantize(
         OSError: too little disk space.
     """
     watch = Stopwatch()
+    give_back_freed_arrays()
     dtype = default_dtype() if dtype is None else dtype
     settings = config.config if isinstance(config, Plan) else config
     if isinstance(config, Plan):

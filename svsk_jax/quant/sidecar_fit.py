@@ -205,7 +205,8 @@ def to_sidecar(
     in_order = [each for row in factors for each in row]
 
     def joined(parts: Sequence[Array | np.ndarray]) -> Array:
-        return jnp.asarray(np.concatenate([np.asarray(part).reshape(-1) for part in parts]))
+        # Not `jnp.asarray`, which compiles a program for each length: nearly every linear has its own.
+        return jax.device_put(np.concatenate([np.asarray(part).reshape(-1) for part in parts]))
 
     return Sidecar(
         u=joined([np.concatenate([each.u for each in row], axis=1) for row in factors]),

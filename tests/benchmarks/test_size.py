@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from benchmarks.scale.size_report import STAGES, growth, markdown, peaks, plot
+from benchmarks.scale.size_report import STAGES, growths, markdown, peaks, plot, worst
 
 
 def row(parameters, seconds):
@@ -22,12 +22,19 @@ REPORT = {"sizes": [row(1000, 1.0), row(4000, 4.0)], "by_devices": [row(1000, 1.
 
 
 def test_tables():
-    assert growth(REPORT["sizes"]) == pytest.approx(1)
-    assert growth([row(1000, 1.0), row(4000, 8.0)]) == pytest.approx(1.5)
     assert peaks(REPORT["sizes"][0]) == (900, 1000)
+    assert worst(REPORT["sizes"][0]) == ("quantize", pytest.approx(0.9))
     said = markdown(REPORT)
-    assert "| 8,000 | 132 | 4.00 | 4.00 | 4.00 | 4.00 | 900 | 1000 | 0.90 |" in said
-    assert "to the power 1.00" in said
+    assert "| 8,000 | 132 | 4.00 | 4.00 | 4.00 | 4.00 | 900 | 1000 | 0.90 | quantize 0.90 |" in said
+    assert "| all stages | 1.00 | 1.000 |" in said
+
+
+def test_growth():
+    """Proportional, as x^1.5, and no straight line."""
+    assert growths([row(1000, 1.0), row(4000, 4.0)])["plan"] == pytest.approx((1, 1))
+    assert growths([row(1000, 1.0), row(4000, 8.0)])["all stages"].power == pytest.approx(1.5)
+    bent = growths([row(1000, 1.0), row(2000, 9.0), row(3000, 1.0)])
+    assert bent["quantize"].straight == pytest.approx(0)
 
 
 def test_plot(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from pallas_kernels.svsk_matmul import reference
 from svsk_jax.quant.metric import nats
 from svsk_jax.quant.sidecar import fit_diagonal
-from svsk_jax.quant.sidecar_fit import cut, fit_tiles, rank_gains, to_sidecar
+from svsk_jax.quant.sidecar_fit import TileFactors, cut, fit_tiles, rank_gains, to_sidecar
 
 # Operation by operation, each would be compiled on its own.
 dequantize_sidecar = jax.jit(reference.dequantize_sidecar)
@@ -79,3 +79,27 @@ def test_a_rank_as_large_as_the_tile_leaves_only_rounding(case):
     E, H, G = case
     _, S = fit_tiles(E, H, G, [[20], [20]], 0)
     assert nats(E - S, H, G) < 1e-3 * nats(E, H, G)
+
+
+def test_storing_compiles_nothing():
+    """Nearly every linear has lengths of its own."""
+    compiled = []
+
+    def listen(event: str, *_, **__) -> None:
+        if "compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.jit(lambda x: x * 7.25)(np.ones(41, np.float32))
+        assert compiled
+        compiled.clear()
+        for rank in (3, 5):
+            tile = TileFactors(
+                np.ones((37, rank), np.int8), np.ones((rank, 43), np.int8), np.ones(rank, np.float16)
+            )
+            sidecar = to_sidecar([[tile]], (37, 43), (37, 43))
+            assert sidecar.u.shape == (37 * rank,)
+        assert not compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
