@@ -31,7 +31,7 @@ from svsk_jax.calibration.statistics import (
     no_moments,
 )
 from svsk_jax.calibration.streams import Streams
-from svsk_jax.model.decoder import Decoder, DecoderLayer
+from svsk_jax.model.decoder import DecoderLayer, Tail
 from svsk_jax.model.source import ModelSource
 from svsk_jax.parallel import make_mesh, sharding
 from svsk_jax.parallel.placement import from_local_rows, local_rows, one_copy, put
@@ -228,8 +228,9 @@ def _wait_for(last: Any, moments: Moments | MomentSums) -> Any:
     return [moment.tokens for moment in moments.values()]
 
 
-def _tail(source: ModelSource, dtype: DTypeLike) -> Decoder:
-    """A decoder without layers: what is left is final norm and head. Read here, so that nothing holds them
-    while layers are walked."""
-    parameters = {path: jnp.asarray(value) for path, value in source.outer(dtype).items()}
-    return Decoder(source.config, parameters, dtype, num_layers=0)
+def _tail(source: ModelSource, dtype: DTypeLike) -> Tail:
+    """Final norm and head. Read here, so that nothing holds them while layers are walked."""
+    parameters = source.outer(dtype)
+    if not source.config.tie_word_embeddings:
+        del parameters["embedding.weight"]
+    return Tail(source.config, {path: jnp.asarray(value) for path, value in parameters.items()})
