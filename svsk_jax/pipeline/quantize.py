@@ -28,12 +28,13 @@ from svsk_jax.pipeline.checks import (
     refuse_polish,
     require_space,
 )
+from svsk_jax.pipeline.compile_ahead import compile_ahead
 from svsk_jax.pipeline.identity import run_identity
 from svsk_jax.pipeline.layer_statistics import statistics_ahead
 from svsk_jax.pipeline.layers import LayerTotals, named, nbytes, on_first_device, quantize_layers
 from svsk_jax.pipeline.memory import Machine, plan_calibration, plan_quantization
 from svsk_jax.pipeline.metadata import origin
-from svsk_jax.pipeline.plan import Plan, layers_ahead, plan_model
+from svsk_jax.pipeline.plan import Plan, drafted, layers_ahead, plan_model
 from svsk_jax.pipeline.polish import polish
 from svsk_jax.pipeline.progress import OnProgress, Progress, Stopwatch, geometric_mean
 from svsk_jax.pipeline.quantize_layer import layer_errors, quantize_layer
@@ -176,6 +177,9 @@ def quantize(
             stored_outer = jax.device_get(_store_outer(outer, settings)) if is_lead() else {}
             del outer
             watch.lap("quantize")
+            if settings.scales == "two_level":
+                draft = None if isinstance(config, Plan) else drafted(settings)
+                compile_ahead(source.config, settings, draft)
             if isinstance(config, Plan):
                 plan = config
             else:
