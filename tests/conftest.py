@@ -1,6 +1,7 @@
 """Test-wide settings: eight fake CPU devices unless another platform is asked for, programs compiled with few
 optimizations, strict dtype promotion, no hub."""
 
+import logging
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -36,3 +37,24 @@ def smollm2_gguf() -> Path:
 def tiny_config() -> ModelConfig:
     """`support.TINY`."""
     return TINY
+
+
+@pytest.fixture
+def compiled():
+    """Names of the functions that are compiled from now on."""
+    names = []
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            message = record.getMessage()
+            if message.startswith("Finished XLA compilation of jit("):
+                names.append(message.split("jit(")[1].split(")")[0])
+
+    logger, handler = logging.getLogger("jax._src.dispatch"), Handler()
+    level, logger.propagate = logger.level, False
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    yield names
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+    logger.propagate = True

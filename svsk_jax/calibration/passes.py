@@ -1,6 +1,7 @@
 """The two walks over a model: forwards for second moments, backwards for sensitivities, a layer at a time."""
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from svsk_jax.calibration.sensitivity import (
     TOKENS,
     Sensitivities,
     add_up_blocks,
+    compile_sensitivity,
     head_gradient,
     layer_sensitivity,
     no_blocks,
@@ -77,6 +79,9 @@ class Walk:
         """Chunks that `backwards` goes on with."""
         self.gradients = Streams("gradients", self._place, store)
         """Of these, on the way back."""
+        self._compiling: list[Future[None]] = []
+        """What the way back runs, where it is compiled on the way there: not on a CPU, which has no core free
+        for it."""
 
     def _layers(self, indices: Sequence[int]) -> Iterator[tuple[int, DecoderLayer]]:
         """Each layer on all devices; the next one is read meanwhile."""
@@ -146,6 +151,10 @@ class Walk:
                 if sums is None:
                     sums = no_moments(layer, x, mask, self.mesh, full)
                 if keep is not None and batch < self._kept_batches:
+                    if not self._compiling and self.mesh.devices.flat[0].platform != "cpu":
+                        thread = ThreadPoolExecutor(max_workers=1)
+                        self._compiling.append(thread.submit(compile_sensitivity(layer, x, self.mesh)))
+                        thread.shutdown(wait=False)
                     keep.put(index, batch, local_rows(x))
                 y, sums = layer_moments(layer, x, mask, sums, self.mesh, full)
                 self.streams.put(batch, y)
@@ -174,6 +183,7 @@ class Walk:
             kept: the layers' inputs that `forwards` or `replay` put there.
             layers: how many are left.
         """
+        wait(self._compiling)
         upstream, batches = self.gradients, range(self._kept_batches)
         last = None
         for index, layer in self._layers(range(layers)[::-1]):

@@ -11,7 +11,7 @@ from support import TINY, MemorySource
 
 from svsk_jax.calibration.block_inputs import BlockInputs
 from svsk_jax.calibration.passes import Walk
-from svsk_jax.calibration.sensitivity import head_gradient, token_weights
+from svsk_jax.calibration.sensitivity import compile_sensitivity, head_gradient, token_weights
 from svsk_jax.model import Decoder
 from svsk_jax.model.decoder import Tail
 from svsk_jax.model.parameters import LINEAR_INPUTS, QUANTIZED_LINEARS
@@ -106,6 +106,18 @@ def test_the_head_takes_a_chunk_in_pieces(monkeypatch):
             return -jnp.sum(picked)
 
         close(whole[row], jax.grad(loss)(x[row]), 1e-6)
+
+
+def test_the_way_back_runs_what_was_compiled_ahead(compiled):
+    mesh, ids, source = make_mesh(1, 1, jax.devices()[:1]), draw_ids(), MemorySource(TINY)
+    walk = Walk(source, source.outer(jnp.float32), ids, LENGTH, jnp.float32, mesh)
+    [(_, layer)] = walk._layers([0])
+    compile_sensitivity(layer, walk.streams.take(0), mesh)()
+    assert "layer_sensitivity" in compiled
+    compiled.clear()
+    walk_both_ways(TINY, ids, mesh=mesh)
+    assert "layer_moments" in compiled
+    assert "layer_sensitivity" not in compiled
 
 
 @pytest.mark.parametrize(("keep", "mesh"), [(CHUNKS, (8, 1)), (3, (2, 4))])

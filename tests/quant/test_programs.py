@@ -1,37 +1,13 @@
 """Programs that are compiled before there is anything to run them on."""
 
-import logging
-
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from svsk_jax.pipeline.compile_ahead import together
 from svsk_jax.pipeline.plan import Choices, drafted, measure_options
 from svsk_jax.quant import programs
 from svsk_jax.quant.joint import input_metric, output_metric, quantize_joint
 from svsk_jax.quant.types import InputMoment, OutputSensitivity, TensorPlan, recipe
-
-
-@pytest.fixture
-def compiled():
-    """Names of the functions that are compiled from now on."""
-    names = []
-
-    class Handler(logging.Handler):
-        def emit(self, record):
-            message = record.getMessage()
-            if message.startswith("Finished XLA compilation of jit("):
-                names.append(message.split("jit(")[1].split(")")[0])
-
-    logger, handler = logging.getLogger("jax._src.dispatch"), Handler()
-    level, logger.propagate = logger.level, False
-    logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG)
-    yield names
-    logger.removeHandler(handler)
-    logger.setLevel(level)
-    logger.propagate = True
 
 
 def test_what_was_compiled_ahead_is_what_runs(compiled):
