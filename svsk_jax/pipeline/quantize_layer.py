@@ -54,8 +54,9 @@ def quantize_layer(
             stored[path] = quantize_linear(dense, moment, plan.config)
             restored = restore(stored[path], dtype=jnp.float32)
         errors[name] = layer_error(dense, restored, moment)
-    found = {name: float(error) for name, error in jax.device_get(errors).items()}
-    return StoredLayer(parameters=stored, errors=found, predicted_nats=predicted)
+    found = jax.device_get(errors)
+    in_order = {name: float(found[name]) for name in errors}
+    return StoredLayer(parameters=stored, errors=in_order, predicted_nats=predicted)
 
 
 def layer_errors(
