@@ -2,6 +2,7 @@
 optimizations, strict dtype promotion, no hub."""
 
 import gc
+import logging
 import os
 
 import jaxlib.version
@@ -51,3 +52,24 @@ def smollm2_gguf() -> Path:
 def tiny_config() -> ModelConfig:
     """`support.TINY`."""
     return TINY
+
+
+@pytest.fixture
+def compiled():
+    """Names of the functions that are compiled from now on."""
+    names = []
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            message = record.getMessage()
+            if message.startswith("Finished XLA compilation of jit("):
+                names.append(message.split("jit(")[1].split(")")[0])
+
+    logger, handler = logging.getLogger("jax._src.dispatch"), Handler()
+    level, logger.propagate = logger.level, False
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    yield names
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+    logger.propagate = True

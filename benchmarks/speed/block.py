@@ -6,7 +6,9 @@ A checkpoint of `--layers` layers of the model's shapes, with random weights, is
 (safetensors, bf16, as the hub has them) and goes through `svsk calibrate` and `svsk quantize` as they are;
 the text is random tokens. Stages as in quantize.py. The first layer of a stage compiles; the whole model is
 estimated as the stage's first layer and as many as are left of its last one, besides what is done once.
-Memory is the accelerator's peak, where it keeps count, and what of it lies beyond one layer's weights.
+Memory is the accelerator's peak by the end of each stage, where it keeps count, beside what the memory plan
+(`svsk plan`) predicts for the stage, and what of the whole run's peak lies beyond one layer's weights. A peak
+is never forgotten: a stage that needed less than one before it shows that one's.
 """
 
 import argparse
@@ -35,6 +37,7 @@ from svsk_jax.calibration.mixture import Chunks
 from svsk_jax.known_models import KNOWN
 from svsk_jax.model import ModelConfig
 from svsk_jax.model.parameters import layer_shapes, parameter_shapes
+from svsk_jax.pipeline.memory import Machine, plan_calibration, plan_quantization
 from svsk_jax.pipeline.progress import Progress
 from svsk_jax.storage.atomic import write_json
 from svsk_jax.xla_flags import take_library_products
@@ -81,6 +84,19 @@ def whole(stages: dict[str, list[float]], layers: int) -> dict[str, float]:
     return {stage: each[0] + (layers - 1) * each[-1] for stage, each in stages.items()}
 
 
+def highest(peaks: dict[str, float | None]) -> str | None:
+    """The stage that made the peak: the first by whose end it was reached."""
+    known = {stage: peak for stage, peak in peaks.items() if peak is not None}
+    return max(known, key=lambda stage: known[stage], default=None)
+
+
+def predicted_peaks_mb(config: ModelConfig, chunks: int) -> dict[str, float]:
+    """What the memory plan says of each stage, on the devices that there are."""
+    calibration, machine = CalibrationConfig(chunks=chunks, chunk_length=LENGTH), Machine.of()
+    peaks = plan_calibration(config, calibration, machine, has_text=True).peaks
+    return {stage: peak / 1e6 for stage, peak in (peaks | plan_quantization(config, machine)).items()}
+
+
 def measure(config: ModelConfig, name: str, layers: int, chunks: int, work: Path) -> dict[str, Any]:
     """Run the stages; prints as it goes."""
     few = dataclasses.replace(config, num_layers=layers)
@@ -106,6 +122,8 @@ def measure(config: ModelConfig, name: str, layers: int, chunks: int, work: Path
     }
     estimate = whole(laps.done, config.num_layers)
     peak = device_peak_mb()
+    predicted = predicted_peaks_mb(few, chunks)
+    ratios = {stage: found / predicted[stage] for stage, found in laps.peaks.items() if found is not None}
     return {
         "seconds_by_layer": laps.done,
         "seconds_in_all": {"calibrate": manifest["seconds"], "quantize": result.seconds},
@@ -113,6 +131,9 @@ def measure(config: ModelConfig, name: str, layers: int, chunks: int, work: Path
         "estimate_seconds": {**estimate, "total": sum(estimate.values())},
         "device_peak_mb": peak,
         "device_peak_mb_by_the_end_of": laps.peaks,
+        "predicted_peak_mb": predicted,
+        "device_peak_to_predicted": ratios,
+        "stage_of_the_peak": highest(laps.peaks),
         "device_peak_mb_beyond_a_layer": None if peak is None else peak - block,
         "host_peak_mb": peak_mb(),
         "linear_bits_per_weight": result.budget.linear_bits,
@@ -148,7 +169,10 @@ def main() -> None:
         )
     for stage, seconds in report["estimate_seconds"].items():
         print(f"  {arguments.model}, estimated: {stage:<12} {seconds:8.1f} s")
-    for what in ("device_peak_mb", "device_peak_mb_beyond_a_layer", "host_peak_mb"):
+    for stage, ratio in report["device_peak_to_predicted"].items():
+        found, predicted = report["device_peak_mb_by_the_end_of"][stage], report["predicted_peak_mb"][stage]
+        print(f"  peak by the end of {stage:<12} {found:8.0f} MB, predicted {predicted:8.0f} MB, {ratio:.2f}")
+    for what in ("device_peak_mb", "stage_of_the_peak", "device_peak_mb_beyond_a_layer", "host_peak_mb"):
         print(f"  {what}: {report[what]}")
     if arguments.json:
         write_json(arguments.json, report)

@@ -1,6 +1,7 @@
 """The two walks over a model: forwards for second moments, backwards for sensitivities, a layer at a time."""
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from svsk_jax.calibration.sensitivity import (
     TOKENS,
     Sensitivities,
     add_up_blocks,
+    compile_sensitivity,
     head_gradient,
     layer_sensitivity,
     no_blocks,
@@ -31,7 +33,7 @@ from svsk_jax.calibration.statistics import (
     no_moments,
 )
 from svsk_jax.calibration.streams import Streams
-from svsk_jax.model.decoder import Decoder, DecoderLayer
+from svsk_jax.model.decoder import DecoderLayer, Tail
 from svsk_jax.model.source import ModelSource
 from svsk_jax.parallel import make_mesh, sharding
 from svsk_jax.parallel.placement import from_local_rows, local_rows, one_copy, put
@@ -77,6 +79,9 @@ class Walk:
         """Chunks that `backwards` goes on with."""
         self.gradients = Streams("gradients", self._place, store)
         """Of these, on the way back."""
+        self._compiling: list[Future[None]] = []
+        """What the way back runs, where it is compiled on the way there: not on a CPU, which has no core free
+        for it."""
 
     def _layers(self, indices: Sequence[int]) -> Iterator[tuple[int, DecoderLayer]]:
         """Each layer on all devices; the next one is read meanwhile."""
@@ -146,6 +151,10 @@ class Walk:
                 if sums is None:
                     sums = no_moments(layer, x, mask, self.mesh, full)
                 if keep is not None and batch < self._kept_batches:
+                    if not self._compiling and self.mesh.devices.flat[0].platform != "cpu":
+                        thread = ThreadPoolExecutor(max_workers=1)
+                        self._compiling.append(thread.submit(compile_sensitivity(layer, x, self.mesh)))
+                        thread.shutdown(wait=False)
                     keep.put(index, batch, local_rows(x))
                 y, sums = layer_moments(layer, x, mask, sums, self.mesh, full)
                 self.streams.put(batch, y)
@@ -174,6 +183,7 @@ class Walk:
             kept: the layers' inputs that `forwards` or `replay` put there.
             layers: how many are left.
         """
+        wait(self._compiling)
         upstream, batches = self.gradients, range(self._kept_batches)
         last = None
         for index, layer in self._layers(range(layers)[::-1]):
@@ -228,8 +238,9 @@ def _wait_for(last: Any, moments: Moments | MomentSums) -> Any:
     return [moment.tokens for moment in moments.values()]
 
 
-def _tail(source: ModelSource, dtype: DTypeLike) -> Decoder:
-    """A decoder without layers: what is left is final norm and head. Read here, so that nothing holds them
-    while layers are walked."""
-    parameters = {path: jnp.asarray(value) for path, value in source.outer(dtype).items()}
-    return Decoder(source.config, parameters, dtype, num_layers=0)
+def _tail(source: ModelSource, dtype: DTypeLike) -> Tail:
+    """Final norm and head. Read here, so that nothing holds them while layers are walked."""
+    parameters = source.outer(dtype)
+    if not source.config.tie_word_embeddings:
+        del parameters["embedding.weight"]
+    return Tail(source.config, {path: jnp.asarray(value) for path, value in parameters.items()})

@@ -1,6 +1,7 @@
 """The Fisher pass: how strongly the model's output feels each linear's output, walked backwards layer by
 layer."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -10,13 +11,15 @@ from jaxtyping import Array, Float
 
 from svsk_jax.calibration.experts import OUTPUTS, PLACES, Routed
 from svsk_jax.calibration.statistics import MomentSums, device_moment, no_sums, own, partial_sums
-from svsk_jax.model.decoder import Decoder, DecoderLayer
+from svsk_jax.model.decoder import DecoderLayer, Tail
 from svsk_jax.model.parameters import LINEAR_INPUTS
 from svsk_jax.parallel import DATA, MODEL, sharding
 from svsk_jax.quant.types import SENSITIVITY_TILE, OutputSensitivity
 
 WEIGHT_CLIP = 10.0
 """Largest weight of a token, as a multiple of the mean weight."""
+HEAD_TOKENS = 128
+"""Tokens whose logits are differentiated together."""
 
 Sensitivities = dict[str, OutputSensitivity]
 """The output sensitivity of each linear of a layer, by path within it (of experts while a layer is walked,
@@ -47,7 +50,7 @@ def _blocks(g: Float[Array, "b t n"]) -> Float[Array, "tiles m m"]:
 
 @partial(jax.jit, static_argnames="mesh")
 def head_gradient(
-    tail: Decoder,
+    tail: Tail,
     x: Float[Array, "b t d"],
     mask: Float[Array, "b"],
     seed: int | jax.Array,
@@ -57,7 +60,7 @@ def head_gradient(
     """∂/∂x of Σ -log p(yₜ | x), with each label yₜ sampled from the model's own p; zero for padding.
 
     Args:
-        tail: a model of which only final norm and head are used.
+        tail: final norm and head.
         x: residual stream after the last layer, divided over the mesh.
         mask: 1 for a chunk that counts.
         seed: of the sampling. Each chunk has a key of its own, which hangs on its number alone.
@@ -66,16 +69,28 @@ def head_gradient(
     """
 
     def local(tail, x, mask, seed, first):
-        def loss(x, row_mask, key):
+        def loss(x, noise, row_mask):
             log_p = jax.nn.log_softmax(tail.logits(x))
-            labels = jax.random.categorical(key, jax.lax.stop_gradient(log_p))
+            # `jax.random.categorical`, with the noise of the whole chunk.
+            labels = jnp.argmax(jax.lax.stop_gradient(log_p) + noise, axis=-1)
             picked = jnp.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0]
             return -jnp.sum(picked) * row_mask
 
+        def of_chunk(x, row_mask, key):
+            length, width = x.shape
+            size = min(HEAD_TOKENS, length)
+            padding = ((0, -length % size), (0, 0))
+            noise = jnp.pad(jax.random.gumbel(key, (length, vocabulary)), padding)
+            pieces = (jnp.pad(x, padding).reshape(-1, size, width), noise.reshape(-1, size, vocabulary))
+            found = jax.lax.map(lambda piece: jax.grad(loss)(*piece, row_mask), pieces)
+            return found.reshape(-1, width)[:length]
+
+        vocabulary = tail.head.weight.get_value().shape[0]
+
         numbers = first + jax.lax.axis_index((DATA, MODEL)) * len(x) + jnp.arange(len(x), dtype=jnp.int32)
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), numbers)
-        # A chunk at a time: logits are the largest array of the whole run.
-        return jax.lax.map(lambda row: jax.grad(loss)(*row), (x, mask, keys))
+        # Piece by piece: logits are the largest array of the whole run.
+        return jax.lax.map(lambda chunk: of_chunk(*chunk), (x, mask, keys))
 
     whole, chunks = sharding(mesh).spec, sharding(mesh, "chunks").spec
     return jax.shard_map(
@@ -121,6 +136,25 @@ def layer_sensitivity(
 
     below, blocks, weights = _felt(layer, x, upstream, mesh)
     return below, {name: sums[name] + blocks[name] for name in sums}, weights
+
+
+def compile_sensitivity(layer: DecoderLayer, x: jax.Array, mesh: Mesh) -> Callable[[], None]:
+    """What compiles `layer_sensitivity` for arrays like these, which it does not keep: that takes long enough
+    to be done beside the walk forwards."""
+
+    def like(value: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=value.sharding)
+
+    layer, x = jax.tree.map(like, (layer, x))
+
+    def compile_it() -> None:
+        sums = {
+            name: jax.ShapeDtypeStruct(each.shape, each.dtype, sharding=partial_sums(mesh))
+            for name, each in jax.eval_shape(partial(no_blocks, mesh=mesh), layer, x).items()
+        }
+        layer_sensitivity.lower(layer, x, x, sums, mesh).compile()
+
+    return compile_it
 
 
 def _felt(

@@ -1,6 +1,7 @@
 """Arrays of statistics on disk, with digests; read without trust: types, shapes and values are checked."""
 
 import json
+import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,8 +19,8 @@ from svsk_jax.storage.arrays import sha256
 from svsk_jax.storage.durable import durable_file
 
 AGAIN = "run `svsk calibrate` again"
-ROWS = 4096
-"""Looked at together, which bounds the memory of it."""
+LOOKED_AT = 1 << 18
+"""Numbers that are looked at together, so that they stay in a processor's cache."""
 NOTE = "svsk"
 """Key of digests, and what else is told of the arrays, in the metadata of a file."""
 DIFFERS = "its SHA-256 is not the one stored with it"
@@ -32,8 +33,8 @@ Form = tuple[str, tuple[int, ...]]
 
 class StoredArrays(Mapping[str, np.ndarray]):
     """The arrays that `write_arrays` stored, each read when it is asked for, compared with its digest and its
-    floats checked finite: a layer of experts has gigabytes of them. The file is opened once. It is not
-    mapped, which would count what was read of it as memory of the process.
+    floats checked finite: a layer of experts has gigabytes of them. The file is opened once, and may be read
+    by several threads. It is not mapped, which would count what was read of it as memory of the process.
 
     Raises:
         ValueError: names the file, and the array.
@@ -85,14 +86,14 @@ class StoredArrays(Mapping[str, np.ndarray]):
             raise ValueError(f"{self.path}: {name} is {entry['dtype']}, expected F32 or I32; {AGAIN}")
         value = np.empty(entry["shape"], dtype)
         left = value.reshape(-1).view(np.uint8).data
+        place = self._start + entry["data_offsets"][0]
         try:
-            self._stream.seek(self._start + entry["data_offsets"][0])
             # One call reads 2 GB at most.
             while left:
-                count = self._stream.readinto(left)
+                count = os.preadv(self._stream.fileno(), [left], place)
                 if not count:
                     raise OSError("it is shorter than its header says")
-                left = left[count:]
+                left, place = left[count:], place + count
         except OSError as error:
             raise self._damaged(error) from error
         return value
@@ -117,10 +118,9 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], **note: Any) -> N
 
 
 def _is_finite(value: np.ndarray) -> bool:
-    if not value.size:
-        return True
-    rows = value.reshape(-1, value.shape[-1]) if value.ndim else value.reshape(1, 1)
-    return all(np.isfinite(rows[start : start + ROWS]).all() for start in range(0, len(rows), ROWS))
+    flat = value.reshape(-1)
+    starts = range(0, len(flat), LOOKED_AT)
+    return all(np.isfinite(flat[start : start + LOOKED_AT]).all() for start in starts)
 
 
 def moment_forms(config: ModelConfig, index: int, full: bool) -> dict[str, Form]:

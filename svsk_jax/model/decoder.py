@@ -70,6 +70,19 @@ class DecoderLayer(nnx.Module):
         return x + self.mlp(self.mlp_norm(x), tap), cache
 
 
+class Tail(nnx.Module):
+    """What a decoder has behind its last layer; `parameters` as of `Decoder`, the embedding only where it is
+    the head."""
+
+    def __init__(self, config: ModelConfig, parameters: Mapping[str, Any]):
+        self.final_norm = RMSNorm(parameters["final_norm.scale"], config.rms_norm_eps)
+        self.head = Linear(parameters["embedding.weight" if config.tie_word_embeddings else "head.weight"])
+
+    def logits(self, x: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
+        """Final norm and head, f32."""
+        return self.head(self.final_norm(x)).astype(jnp.float32)
+
+
 class Decoder(nnx.Module):
     """A causal language model. `parameters` are named by full path (`parameters.parameter_shapes`);
     matrices may be packed.

@@ -36,8 +36,25 @@ def project(
     in x's dtype."""
     if isinstance(weight, PackedWeight | LaidOutWeight):
         return svsk_matmul(x, weight, layer=layer)
-    weight = weight if layer is None else weight[layer]
-    return jnp.matmul(x, weight.T.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
+    return _dense_product(x, (weight if layer is None else weight[layer]).astype(x.dtype))
+
+
+@jax.custom_vjp
+def _dense_product(x: Float[Array, "*b k"], W: Float[Array, "n k"]) -> Float[Array, "*b n"]:
+    return jnp.matmul(x, W.T, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def _gradients(
+    operands: tuple[jax.Array, jax.Array], g: Float[Array, "*b n"]
+) -> tuple[Float[Array, "*b k"], Float[Array, "n k"]]:
+    """Of `_dense_product`. jax would raise W to f32 for them: exact products, but twice W's bytes."""
+    x, W = operands
+    tokens, felt = (each.reshape(-1, each.shape[-1]) for each in (x, g))
+    by_x = jnp.matmul(g, W, preferred_element_type=jnp.float32).astype(x.dtype)
+    return by_x, jnp.matmul(felt.T, tokens, preferred_element_type=jnp.float32).astype(W.dtype)
+
+
+_dense_product.defvjp(lambda x, W: (_dense_product(x, W), (x, W)), _gradients)
 
 
 def sum_over(x: Float[Array, "*b n"], axis: str | None) -> Float[Array, "*b n"]:

@@ -1,4 +1,4 @@
-"""Reading on a thread of its own what comes next, while what came before is being worked on."""
+"""Reading on threads of its own what comes next, while what came before is being worked on."""
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
@@ -14,23 +14,25 @@ class ReadAhead(Generic[Item, T]):
     nothing is read any more. Items may be taken from several threads, up to `depth` out of order.
 
     Args:
-        read: called on the thread, with one item at a time; an error is raised by the `take` of its item.
+        read: called on the threads, with one item at a time on each; an error is raised by the `take` of its
+            item.
         items: in the order in which they will be taken; some may be left out.
         depth: how many items are read ahead, which is how many more than those taken are in memory.
+        threads: how many items are read at once.
     """
 
-    def __init__(self, read: Callable[[Item], T], items: Sequence[Item], depth: int = 1):
+    def __init__(self, read: Callable[[Item], T], items: Sequence[Item], depth: int = 1, threads: int = 1):
         self._read, self._items, self._depth = read, items, depth
         self._places = {item: place for place, item in enumerate(items)}
         self._reading: dict[Item, Future[T]] = {}
         self._lock = threading.Lock()
-        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._threads = ThreadPoolExecutor(max_workers=threads)
 
     def __enter__(self) -> "ReadAhead[Item, T]":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._thread.shutdown(cancel_futures=True)
+        self._threads.shutdown(cancel_futures=True)
 
     def take(self, item: Item) -> T:
         """The item, which is not kept."""
@@ -38,7 +40,7 @@ class ReadAhead(Generic[Item, T]):
         with self._lock:
             for coming in self._items[place : place + 1 + self._depth]:
                 if coming not in self._reading:
-                    self._reading[coming] = self._thread.submit(self._read, coming)
+                    self._reading[coming] = self._threads.submit(self._read, coming)
             found = self._reading.pop(item)
             # Left out: whatever lies further back than items may be taken out of order.
             for other in [each for each in self._reading if self._places[each] < place - self._depth]:

@@ -16,9 +16,10 @@ from svsk_jax.parallel.distributed import barrier
 from svsk_jax.parallel.groups import DeviceGroups
 from svsk_jax.pipeline.allocator import give_back_freed_arrays
 from svsk_jax.pipeline.checks import default_dtype, refuse_packed, refuse_polish
+from svsk_jax.pipeline.layer_statistics import statistics_ahead
 from svsk_jax.pipeline.memory import Machine, plan_quantization
 from svsk_jax.pipeline.options import measured_options, options_file
-from svsk_jax.pipeline.plan import Choices, Plan, layers_ahead, measuring, spend
+from svsk_jax.pipeline.plan import Choices, Plan, drafted, layers_ahead, measuring, spend
 from svsk_jax.pipeline.progress import OnProgress, Progress
 from svsk_jax.pipeline.quantize import within
 from svsk_jax.quant.allocation import Option
@@ -100,11 +101,14 @@ def autotune(
             on_progress(Progress(stage="autotune", layer=done, layers=layers))
 
     groups = DeviceGroups.of(mesh)
-    with layers_ahead(source, dtype, groups) as weights:
+    with (
+        layers_ahead(source, dtype, groups) as weights,
+        statistics_ahead(statistics, source.config, drafted(config), groups) as ahead,
+    ):
         options = measured_options(
             layers,
             lambda index: options_file(work, index, key),
-            measuring(source, statistics, config, choices, weights),
+            measuring(source, ahead, config, choices, weights),
             groups,
             report,
         )

@@ -28,6 +28,7 @@ from svsk_jax.pipeline.working_sets import (
     layer_weights,
     moment_bytes,
     outer_weights,
+    tail_weights,
     text_bytes,
 )
 
@@ -150,7 +151,9 @@ def plan_quantization(model: ModelConfig, machine: Machine, limit: int | None = 
         ValueError: more than the limit.
     """
     layer = layer_weights(model)
-    arrays = device_bytes(model) + (machine.itemsize + 4) * layer
+    arrays = device_bytes(model, machine.platform)
+    # An accelerator holds of a layer what is quantized, beside the linear at hand.
+    arrays += (machine.itemsize + 4) * layer if machine.shares_host else layer
     if machine.shares_host:
         # Embedding and head are read, and made int8 in slabs, before the first layer.
         arrays = max(
@@ -237,8 +240,10 @@ def _calibration(
                 blocks + sums + copies * widths.forwards(tokens, length, size),
             )
         )
-        logits = 7 * 4 * length * model.vocab_size
-        head = here + gradients + (1 + copies if machine.shares_host else 1) * outer + copies * logits
+        logits, tail = widths.head(length, model.vocab_size, machine.platform), size * tail_weights(model)
+        # The last layer's moments are still being written.
+        beside = outer if machine.shares_host else moments // machine.model
+        head = here + gradients + beside + copies * (tail + logits)
         peaks["sensitivity"] = max(back, head)
         kept = model.num_layers * kept_batches * size * batch * machine.devices * length * model.hidden_size
     room = int(calibration.fisher_memory * 1e9)

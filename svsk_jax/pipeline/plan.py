@@ -21,7 +21,12 @@ from svsk_jax.model.parameters import layer_linears, linear_inputs
 from svsk_jax.model.source import ModelSource
 from svsk_jax.parallel.groups import DeviceGroups
 from svsk_jax.parallel.read_ahead import ReadAhead
-from svsk_jax.pipeline.layer_statistics import Metrics, layer_statistics
+from svsk_jax.pipeline.layer_statistics import (
+    Metrics,
+    StatisticsAhead,
+    layer_statistics,
+    statistics_ahead,
+)
 from svsk_jax.pipeline.options import measured_options, options_file
 from svsk_jax.pipeline.progress import OnProgress, Progress
 from svsk_jax.quant.allocation import Allocation, Option, allocate
@@ -242,11 +247,14 @@ def plan_model(
         if on_progress:
             on_progress(Progress(stage="plan", layer=done, layers=layers))
 
-    with layers_ahead(source, dtype, groups) as weights:
+    with (
+        layers_ahead(source, dtype, groups) as weights,
+        statistics_ahead(statistics, source.config, drafted(config), groups) as ahead,
+    ):
         options = measured_options(
             layers,
             lambda index: None if work is None else options_file(work, index, "plan"),
-            measuring(source, statistics, config, Choices.of(config), weights),
+            measuring(source, ahead, config, Choices.of(config), weights),
             groups,
             report,
         )
@@ -257,7 +265,7 @@ def plan_model(
 def layer_options(
     weights: Mapping[str, Any],
     reads: Mapping[str, str],
-    statistics: Statistics,
+    ahead: StatisticsAhead,
     index: int,
     config: QuantConfig,
     choices: Choices,
@@ -265,7 +273,7 @@ def layer_options(
 ) -> dict[str, list[Option]]:
     """The options of each linear of a layer, by full path; arguments as of `layer_statistics`."""
     options = {}
-    for name, _, metrics in layer_statistics(statistics, index, weights, reads, config):
+    for name, _, metrics in layer_statistics(ahead, index, weights, reads, config):
         assert metrics is not None
         W = jnp.asarray(weights[f"{name}.weight"], jnp.float32)
         options[f"layers.{index}.{name}"] = measure_options(W, metrics, config, choices, devices)
@@ -274,7 +282,7 @@ def layer_options(
 
 def measuring(
     source: ModelSource,
-    statistics: Statistics,
+    ahead: StatisticsAhead,
     config: QuantConfig,
     choices: Choices,
     weights: ReadAhead[int, dict[str, Any]],
@@ -283,7 +291,7 @@ def measuring(
 
     def measure(index: int, devices: Devices) -> dict[str, list[Option]]:
         reads = linear_inputs(source.config, index)
-        return layer_options(weights.take(index), reads, statistics, index, drafted(config), choices, devices)
+        return layer_options(weights.take(index), reads, ahead, index, drafted(config), choices, devices)
 
     return measure
 

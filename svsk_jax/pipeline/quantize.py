@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -28,11 +29,13 @@ from svsk_jax.pipeline.checks import (
     refuse_polish,
     require_space,
 )
+from svsk_jax.pipeline.compile_ahead import compile_ahead
 from svsk_jax.pipeline.identity import run_identity
+from svsk_jax.pipeline.layer_statistics import statistics_ahead
 from svsk_jax.pipeline.layers import LayerTotals, named, nbytes, on_first_device, quantize_layers
 from svsk_jax.pipeline.memory import Machine, plan_calibration, plan_quantization
 from svsk_jax.pipeline.metadata import origin
-from svsk_jax.pipeline.plan import Plan, layers_ahead, plan_model
+from svsk_jax.pipeline.plan import Plan, drafted, layers_ahead, plan_model
 from svsk_jax.pipeline.polish import polish
 from svsk_jax.pipeline.progress import OnProgress, Progress, Stopwatch, geometric_mean
 from svsk_jax.pipeline.quantize_layer import layer_errors, quantize_layer
@@ -172,9 +175,13 @@ def quantize(
             outer = source.outer(dtype)
             refuse_packed(source, outer)
             watch.lap("load")
-            stored_outer = _store_outer(outer, settings) if is_lead() else {}
+            # In the host's memory: nothing looks at them until all layers are done.
+            stored_outer = jax.device_get(_store_outer(outer, settings)) if is_lead() else {}
             del outer
             watch.lap("quantize")
+            if settings.scales == "two_level":
+                draft = None if isinstance(config, Plan) else drafted(settings)
+                compile_ahead(source.config, settings, draft)
             if isinstance(config, Plan):
                 plan = config
             else:
@@ -192,13 +199,16 @@ def quantize(
 
             def layer_of(index: int, devices: Devices) -> StoredLayer:
                 reads = linear_inputs(source.config, index)
-                return quantize_layer(weights.take(index), statistics, index, reads, plan, devices)
+                return quantize_layer(weights.take(index), ahead, index, reads, plan, devices)
 
             layers = source.config.num_layers
             totals: dict[int, LayerTotals] = {}
             drafts: dict[int, dict[str, Any]] = {}
             writer = run.drafts if settings.polish else run.model
-            with layers_ahead(source, dtype, groups) as weights:
+            with (
+                layers_ahead(source, dtype, groups) as weights,
+                statistics_ahead(statistics, source.config, plan.config, groups) as ahead,
+            ):
                 for index, layer in quantize_layers(writer, run.handover, layers, layer_of, groups):
                     totals[index] = LayerTotals.of(index, layer)
                     if settings.polish and is_lead():

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from svsk_jax.calibration.store import Statistics
 from svsk_jax.model.linear import restore
 from svsk_jax.pipeline.checks import check_weight
-from svsk_jax.pipeline.layer_statistics import layer_statistics
+from svsk_jax.pipeline.layer_statistics import StatisticsAhead, layer_statistics
 from svsk_jax.pipeline.plan import Plan
 from svsk_jax.quant.error import layer_error
 from svsk_jax.quant.joint import quantize_joint
@@ -20,7 +20,7 @@ from svsk_jax.storage.checkpoint import StoredLayer
 
 def quantize_layer(
     parameters: Mapping[str, Any],
-    statistics: Statistics,
+    ahead: StatisticsAhead,
     index: int,
     reads: Mapping[str, str],
     plan: Plan,
@@ -30,7 +30,7 @@ def quantize_layer(
 
     Args:
         parameters: of the layer, by path within it.
-        statistics: of the model.
+        ahead: statistics of the model, for the plan's recipe.
         index: of the layer.
         reads: its linears and what each reads, from `parameters.linear_inputs`.
         plan: how each is stored.
@@ -40,9 +40,9 @@ def quantize_layer(
     stored: dict[str, Any] = {
         path: jnp.asarray(value, jnp.float32) for path, value in parameters.items() if path not in linears
     }
-    errors: dict[str, float] = {}
+    errors: dict[str, jax.Array] = {}
     predicted = 0.0
-    for name, moment, metrics in layer_statistics(statistics, index, parameters, reads, plan.config):
+    for name, moment, metrics in layer_statistics(ahead, index, parameters, reads, plan.config):
         path = f"{name}.weight"
         dense = check_weight(jnp.asarray(parameters[path], jnp.float32), f"layers.{index}.{path}")
         if metrics is not None:
@@ -53,8 +53,10 @@ def quantize_layer(
         else:
             stored[path] = quantize_linear(dense, moment, plan.config)
             restored = restore(stored[path], dtype=jnp.float32)
-        errors[name] = float(layer_error(dense, restored, moment))
-    return StoredLayer(parameters=stored, errors=errors, predicted_nats=predicted)
+        errors[name] = layer_error(dense, restored, moment)
+    found = jax.device_get(errors)
+    in_order = {name: float(found[name]) for name in errors}
+    return StoredLayer(parameters=stored, errors=in_order, predicted_nats=predicted)
 
 
 def layer_errors(

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from svsk_jax.calibration.self_text import MAX_BATCH, SAMPLE_LENGTH
+from svsk_jax.calibration.sensitivity import HEAD_TOKENS
 from svsk_jax.model.config import ModelConfig
 from svsk_jax.model.parameters import (
     input_widths,
@@ -14,11 +15,16 @@ from svsk_jax.model.parameters import (
 )
 from svsk_jax.quant.types import SENSITIVITY_TILE
 
+AHEAD = 3
+"""Inputs of linears whose statistics are read ahead: with the one at hand, all of a dense layer's."""
 WORKING_COPIES = 12
 """f32 [N, K] arrays alive at once while a linear is rounded: W, its two best forms, and what the compiled
 search, feedback and fit keep."""
-FACTOR_COPIES = 5
-"""f32 [K, K] arrays that inverting one H takes beside its input and result."""
+FITTING_COPIES = 6
+"""Likewise while its sidecar is fitted."""
+FACTOR_COPIES = {"cpu": 5, "gpu": 2}
+"""f32 [K, K] arrays that inverting or factoring one H takes beside its input and result. A CPU's library
+wants matrices column by column, and XLA copies them."""
 
 
 def height(n: int) -> int:
@@ -26,32 +32,41 @@ def height(n: int) -> int:
     return min(n, SENSITIVITY_TILE)
 
 
-def device_bytes(config: ModelConfig) -> int:
+def device_bytes(config: ModelConfig, platform: str = "gpu") -> int:
     """Largest device memory at once: while the metrics of a linear are made, beside those of the one before,
-    or while it is rounded beside its own."""
-    most = 0
+    or while it is rounded, or its sidecar fitted, beside its own."""
+    most, copies = 0, FACTOR_COPIES["cpu" if platform == "cpu" else "gpu"]
     for index in layer_kinds(config):
         before = 0
         for n, k in layer_linears(config, index).values():
             blocks = math.ceil(n / height(n)) * height(n) ** 2
-            # Moment, weighted moment, H and its factor; sensitivity, G and its factor.
-            preparing = (4 + FACTOR_COPIES) * k**2 + 3 * blocks
+            # Moment, H (in place of the mixed moment) and its factor; sensitivity, G and its factor.
+            preparing = (3 + copies) * k**2 + 3 * blocks
             rounding = 3 * k**2 + 2 * blocks + WORKING_COPIES * n * k
-            most = max(most, 4 * (before + preparing), 4 * rounding)
+            fitting = (4 + copies) * k**2 + 2 * blocks + FITTING_COPIES * n * k
+            most = max(most, 4 * (before + preparing), 4 * rounding, 4 * fitting)
             before = 2 * k**2 + 2 * blocks
     return most
 
 
 def ahead_bytes(model: ModelConfig, itemsize: int) -> int:
-    """What is read ahead while a linear is worked on, in host memory: the next layer, and the next input's
-    moment and weighted moment."""
-    widest = max(max(input_widths(model, index).values()) for index in layer_kinds(model))
-    return itemsize * layer_weights(model) + 2 * 4 * widest**2
+    """What is read ahead while a linear is worked on, in host memory: the next layer, and the next inputs'
+    moments and weighted moments."""
+    largest = max(
+        sum(width**2 for width in sorted(input_widths(model, index).values())[-AHEAD:])
+        for index in layer_kinds(model)
+    )
+    return itemsize * layer_weights(model) + 2 * 4 * largest
 
 
 def layer_weights(model: ModelConfig) -> int:
     """Weights of the linears of the largest layer."""
     return max(sum(n * k for n, k in layer_linears(model, index).values()) for index in layer_kinds(model))
+
+
+def tail_weights(model: ModelConfig) -> int:
+    """Numbers in final norm and head."""
+    return model.hidden_size * (model.vocab_size + 1)
 
 
 def outer_weights(model: ModelConfig) -> int:
@@ -82,6 +97,14 @@ class Widths:
         scores = 2 * 4 * tokens * self.heads * length
         attention = scores + 2 * size * tokens * self.stream
         return max(attention, (3 * self.hidden + 3 * self.stream) * size * tokens)
+
+    @staticmethod
+    def head(length: int, vocabulary: int, platform: str = "gpu") -> int:
+        """Bytes that XLA takes to differentiate the head for a chunk: the noise of its labels, which a CPU
+        makes in several steps, and the logits of a piece of it."""
+        if platform == "cpu":
+            return 7 * 4 * length * vocabulary
+        return 4 * (length + 3 * min(length, HEAD_TOKENS)) * vocabulary
 
     def backwards(self, tokens: int, length: int, size: int) -> int:
         """Likewise to differentiate it."""

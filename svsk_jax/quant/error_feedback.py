@@ -10,14 +10,18 @@ from jaxtyping import Array, Float, Int, UInt8
 from pallas_kernels.error_feedback import why_no_kernel
 from svsk_jax.quant import beam_search
 from svsk_jax.quant.codebook import decode, round_to_level
-from svsk_jax.quant.metric import HIGHEST, band_blocks, bands
+from svsk_jax.quant.metric import HIGHEST, band_blocks, bands, inverse_order
 
 COLUMN_BLOCK = 64
+ROW_BLOCK = 32
+"""Rows that are rounded together, where there is feedback across rows."""
 
 
 def pad_square(U: Float[Array, "*b n n"], size: int) -> jax.Array:
     """U with an identity appended on the diagonal, up to size × size."""
     n = U.shape[-1]
+    if n == size:
+        return U
     padded = jnp.zeros((*U.shape[:-2], size, size), U.dtype).at[..., :n, :n].set(U)
     return padded + jnp.diag((jnp.arange(size) >= n).astype(U.dtype))
 
@@ -103,7 +107,7 @@ def _round_tiles(
     _, codes = jax.lax.scan(round_rows, in_order(W), jnp.arange(0, size, row_block))
     # [blocks, k, tiles, row_block] → [k, tiles, m]
     codes = codes.transpose(1, 2, 0, 3).reshape(k, tiles, size)[..., :height]
-    return jnp.take_along_axis(codes, jnp.argsort(order, axis=1)[None], axis=2)
+    return jnp.take_along_axis(codes, jax.vmap(inverse_order)(order)[None], axis=2)
 
 
 def _by_column(x: Float[Array, "n k"], order: Int[Array, "k"], padded: int) -> Float[Array, "padded n"]:
@@ -145,7 +149,7 @@ def feedback(
     coefficients: Float[Array, "2"],
     columns: tuple[Int[Array, "k"], Float[Array, "k k"]],
     rows: tuple[Int[Array, "t m"], Float[Array, "t m m"]] | None = None,
-    row_block: int = 32,
+    row_block: int = ROW_BLOCK,
     beam_width: int = 1,
 ) -> UInt8[Array, "n k"]:
     """Codes that keep tr(G E H Eᵀ) small, E = W - scale · level(code), with scales fixed.

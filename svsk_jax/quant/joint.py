@@ -61,14 +61,19 @@ def input_metric(moment: InputMoment, weighted: InputMoment | None, config: Quan
         moment: full second moment of the activation.
         weighted: its moment weighted by token sensitivity; None leaves it out.
         config: the recipe.
+
+    Beside the moment it takes four [K, K] at most, of which two are left.
     """
     H = moment.mean
     if weighted is not None and config.fisher_share > 0:
-        H = mix_moments(H, weighted.mean, config.fisher_share)
+        H = _mixed(H, weighted.mean, config.fisher_share)
     return _input_metric(H, config.moment_shrinkage, config.damping)
 
 
-@jax.jit
+_mixed = jax.jit(mix_moments, static_argnames="share", donate_argnames="plain")
+
+
+@partial(jax.jit, donate_argnames="H")
 def _input_metric(H: jax.Array, shrinkage: float | jax.Array, damping: float | jax.Array) -> InputMetric:
     H = shrink_to_diagonal(H, shrinkage)
     return InputMetric(H, *inverse_factor(H, damping))
@@ -213,9 +218,9 @@ def quantize_joint(
     parts = row_parts(W, inputs, outputs, (plan.tile.rows,), devices)
     bases = [quantize_base(p.W, p.inputs, p.outputs, coefficients, plan.group, draft) for p in parts]
     base_nats = total_nats(parts, [p.W - base.dense for p, base in zip(parts, bases, strict=True)])
-    best = (base_nats, bases, None, [base.dense for base in bases])
+    best = (base_nats, bases, None)
     if plan.has_sidecar:
-        best = (math.inf, *best[1:])
+        best = (math.inf, bases, None)
         for turn in range(1 + rounds):
             if turn:
                 careful = config if turn == rounds else draft
@@ -224,12 +229,16 @@ def quantize_joint(
                     for p, (_, S) in zip(parts, fits, strict=True)
                 ]
             fits = [_fit(p, base, plan, config) for p, base in zip(parts, bases, strict=True)]
-            restored = [base.dense + S for base, (_, S) in zip(bases, fits, strict=True)]
-            left = [p.W - base.dense - S for p, base, (_, S) in zip(parts, bases, fits, strict=True)]
-            cost = total_nats(parts, left)
+            cost = total_nats(
+                parts, [p.W - base.dense - S for p, base, (_, S) in zip(parts, bases, fits, strict=True)]
+            )
             if cost < best[0]:
-                best = (cost, bases, [row for factors, _ in fits for row in factors], restored)
-    cost, bases, factors, restored = best
+                best = (cost, bases, fits)
+    cost, bases, fits = best
+    factors, restored = None, [base.dense for base in bases]
+    if fits is not None:
+        factors = [row for of_part, _ in fits for row in of_part]
+        restored = [dense + S for dense, (_, S) in zip(restored, fits, strict=True)]
     base = Base(*(jnp.concatenate(each) for each in zip(*gathered(bases), strict=True)))
     tile = (plan.tile.rows, plan.tile.columns)
     shape = (W.shape[0], W.shape[1])

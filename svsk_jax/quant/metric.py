@@ -29,27 +29,49 @@ def shrink_to_identity(G: Float[Array, "*b n n"], amount: float | jax.Array) -> 
     return (1 - amount) * G + amount * mean[..., None, None] * jnp.eye(G.shape[-1], dtype=G.dtype)
 
 
-def damped_cholesky(H: Float[Array, "k k"], damping: float | jax.Array) -> Float[Array, "k k"]:
+def damped_cholesky(
+    H: Float[Array, "k k"], damping: float | jax.Array, order: Int[Array, "k"] | None = None
+) -> Float[Array, "k k"]:
     """Lower L with L Lᵀ = H + d m I, m = mean(diag H); f32.
 
     d is `damping`, ten times as much after each failed factorisation. A dead channel (zero row and column) is
     left with d m on the diagonal. If H is zero or not finite throughout, L = I.
+
+    With `order`, of H with its coordinates in that order. Beside H and L it takes one more [K, K].
     """
-    mean = jnp.mean(jnp.diagonal(H))
+    diagonal = jnp.diagonal(H)
+    mean = jnp.mean(diagonal if order is None else diagonal[order])
     usable = (mean > 0) & jnp.isfinite(mean)
     eye = jnp.eye(H.shape[-1], dtype=H.dtype)
 
     def factor(step: jax.Array) -> jax.Array:
-        return jnp.linalg.cholesky(jnp.where(usable, H + damping * 10.0**step * mean * eye, eye))
+        # Ordered again at each try: it is rarely a second one, and an ordered copy would stay till the end.
+        ordered = H if order is None else H[order[:, None], order[None]]
+        return jnp.linalg.cholesky(jnp.where(usable, ordered + damping * 10.0**step * mean * eye, eye))
 
     def failed(state):
         step, L = state
         return (step < MAX_DAMPING_STEPS) & ~jnp.all(jnp.isfinite(L))
 
-    _, L = jax.lax.while_loop(
-        failed, lambda state: (state[0] + 1, factor(state[0] + 1)), (jnp.float32(0), factor(jnp.float32(0)))
-    )
+    # The first try is one of the loop's, so that the factorisation is there, and compiled, once.
+    untried = (jnp.float32(-1), jnp.full(H.shape, jnp.nan, H.dtype))
+    _, L = jax.lax.while_loop(failed, lambda state: (state[0] + 1, factor(state[0] + 1)), untried)
     return jnp.where(jnp.all(jnp.isfinite(L)), L, eye)
+
+
+def falling_order(h: Float[Array, "k"]) -> Int[Array, "k"]:
+    """Indices by falling h, equal ones as they come, NaN last; int32. Each pair is compared: a sort takes XLA
+    seconds to compile for a GPU."""
+    h = jnp.where(jnp.isnan(h), -jnp.inf, h)
+    index = jnp.arange(len(h), dtype=jnp.int32)
+    is_before = (h[None] > h[:, None]) | ((h[None] == h[:, None]) & (index[None] < index[:, None]))
+    return inverse_order(jnp.sum(is_before, axis=1, dtype=jnp.int32))
+
+
+def inverse_order(order: Int[Array, "k"]) -> Int[Array, "k"]:
+    """The order that undoes one; int32."""
+    index = jnp.arange(len(order), dtype=jnp.int32)
+    return jnp.zeros_like(index).at[order].set(index, unique_indices=True)
 
 
 def inverse_factor(
@@ -59,9 +81,8 @@ def inverse_factor(
 
     With J the reversal and J H J = L Lᵀ: H = (J L J)(J L J)ᵀ, whose factor is upper, so U = (J L J)⁻¹.
     """
-    order = jnp.argsort(-jnp.diagonal(H), stable=True)
-    ordered = H[order][:, order]
-    L = damped_cholesky(ordered[::-1, ::-1], damping)
+    order = falling_order(jnp.diagonal(H))
+    L = damped_cholesky(H, damping, order[::-1])
     inverse = jax.scipy.linalg.solve_triangular(L, jnp.eye(L.shape[0], dtype=L.dtype), lower=True)
     return order, inverse[::-1, ::-1]
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -86,11 +87,17 @@ def tile_nats(
     """`metric.nats` of each row tile. Tile by tile, and not as one product, whose rounding would hang on how
     many tiles a device has."""
     height = G.shape[1]
-    spans = [(start, min(start + height, len(E))) for start in range(0, len(E), height)]
     return [
-        nats(E[start:stop], H, G[i : i + 1, : stop - start, : stop - start])
-        for i, (start, stop) in enumerate(spans)
+        _nats_of_tile(E, H, G, i, min(height, len(E) - start))
+        for i, start in enumerate(range(0, len(E), height))
     ]
+
+
+@partial(jax.jit, static_argnames="rows")
+def _nats_of_tile(E: jax.Array, H: jax.Array, G: jax.Array, i: int | jax.Array, rows: int) -> jax.Array:
+    start = i * G.shape[1]
+    own = jax.lax.dynamic_slice_in_dim(E, start, rows)
+    return nats(own, H, jax.lax.dynamic_slice_in_dim(G[:, :rows, :rows], i, 1))
 
 
 def total_nats(parts: Sequence[RowPart], errors: Sequence[Array]) -> float:

@@ -104,6 +104,15 @@ def _fit_tile(
 _factor = jax.jit(functools.partial(damped_cholesky, damping=FACTOR_DAMPING))
 
 
+@functools.partial(jax.jit, static_argnames="rows")
+def _row_tile(
+    E: Float[Array, "n k"], G: Float[Array, "t m m"], i: int | Int[Array, ""], rows: int
+) -> tuple[Float[Array, "{rows} k"], Float[Array, "{rows} {rows}"]]:
+    """Row tile i of E, and its block of G."""
+    own = jax.lax.dynamic_slice_in_dim(E, i * G.shape[1], rows)
+    return own, jax.lax.dynamic_index_in_dim(G[:, :rows, :rows], i, keepdims=False)
+
+
 @jax.jit
 def _coupled_target(
     others: Float[Array, "m k"], H: Float[Array, "k c"], factor: Float[Array, "c c"], own: Float[Array, "m c"]
@@ -146,10 +155,10 @@ def fit_tiles(
     factors = [_factor(H[a:b, a:b]) for a, b in spans]
     stored, restored = [], []
     for i, (start, stop) in enumerate(tile_spans(n, G.shape[1])):
-        rows = E[start:stop]
+        rows, felt = _row_tile(E, G, i, stop - start)
         row, S = _none(rows, spans), jnp.zeros_like(rows)
         if any(ranks[i]):
-            R = _factor(G[i, : stop - start, : stop - start])
+            R = _factor(felt)
             for _ in range(SWEEPS if coupled and len(spans) > 1 else 1):
                 for j, (a, b) in enumerate(spans):
                     if not ranks[i][j]:
@@ -159,8 +168,8 @@ def fit_tiles(
                         others = (rows - S).at[:, a:b].set(0.0)
                         target = _coupled_target(others, H[:, a:b], factors[j], target)
                     width = next(width for width in WIDTHS if width >= ranks[i][j])
-                    found, part = _fit_tile(target, block, factors[j], R, ranks[i][j], width)
-                    row[j], S = found, S.at[:, a:b].set(part)
+                    row[j], part = _fit_tile(target, block, factors[j], R, ranks[i][j], width)
+                    S = part if len(spans) == 1 else S.at[:, a:b].set(part)
         stored.append(row)
         restored.append(S)
     return stored, jnp.concatenate(restored)
@@ -177,13 +186,12 @@ def rank_gains(
 ) -> list[list[Float[Array, "{width}"]]]:
     """½ σ² of the leading singular values of Rᵀ E L, falling, by row tile, then column tile: the nats that
     each rank is predicted to gain, G = R Rᵀ and H = L Lᵀ. Found as eigenvalues of Rᵀ E H Eᵀ R."""
-    return [
-        [
-            _tile_gains(E[start:stop, a:b], H[a:b, a:b], G[i, : stop - start, : stop - start], width)
-            for a, b in tile_spans(E.shape[1], columns)
-        ]
-        for i, (start, stop) in enumerate(tile_spans(E.shape[0], G.shape[1]))
-    ]
+    gains = []
+    for i, (start, stop) in enumerate(tile_spans(E.shape[0], G.shape[1])):
+        rows, felt = _row_tile(E, G, i, stop - start)
+        spans = tile_spans(E.shape[1], columns)
+        gains.append([_tile_gains(rows[:, a:b], H[a:b, a:b], felt, width) for a, b in spans])
+    return gains
 
 
 @functools.partial(jax.jit, static_argnames="width")

@@ -1,6 +1,7 @@
 """The walk backwards, a layer at a time, gives what one differentiation of the whole model gives."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,9 @@ from support import TINY, MemorySource
 
 from svsk_jax.calibration.block_inputs import BlockInputs
 from svsk_jax.calibration.passes import Walk
-from svsk_jax.calibration.sensitivity import token_weights
+from svsk_jax.calibration.sensitivity import compile_sensitivity, head_gradient, token_weights
 from svsk_jax.model import Decoder
+from svsk_jax.model.decoder import Tail
 from svsk_jax.model.parameters import LINEAR_INPUTS, QUANTIZED_LINEARS
 from svsk_jax.parallel import make_mesh
 from svsk_jax.quant.types import OutputSensitivity
@@ -79,6 +81,43 @@ def in_float64(arrays, at):
 
 def close(found, expected, tolerance=2e-4):
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=tolerance * np.abs(expected).max())
+
+
+def test_the_head_takes_a_chunk_in_pieces(monkeypatch):
+    config = dataclasses.replace(TINY, tie_word_embeddings=False)
+    source, mesh = MemorySource(config), make_mesh(1, 1, jax.devices()[:1])
+    tail = Tail(config, {path: jnp.asarray(value) for path, value in source.outer(jnp.float32).items()})
+    rng = np.random.default_rng(0)
+    x, mask = jnp.asarray(rng.standard_normal((2, LENGTH, config.hidden_size)), jnp.float32), jnp.ones(2)
+
+    def gradient():
+        return jax.jit(partial(head_gradient.__wrapped__, mesh=mesh))(tail, x, mask, SEED, 0)
+
+    whole = gradient()
+    monkeypatch.setattr("svsk_jax.calibration.sensitivity.HEAD_TOKENS", 5)
+    close(gradient(), whole, 1e-6)
+    for row in range(2):
+        key = jax.random.fold_in(jax.random.key(SEED), row)
+        log_p = jax.nn.log_softmax(tail.logits(x[row]))
+        labels = jax.random.categorical(key, log_p)
+
+        def loss(x, labels=labels):
+            picked = jnp.take_along_axis(jax.nn.log_softmax(tail.logits(x)), labels[:, None], axis=-1)
+            return -jnp.sum(picked)
+
+        close(whole[row], jax.grad(loss)(x[row]), 1e-6)
+
+
+def test_the_way_back_runs_what_was_compiled_ahead(compiled):
+    mesh, ids, source = make_mesh(1, 1, jax.devices()[:1]), draw_ids(), MemorySource(TINY)
+    walk = Walk(source, source.outer(jnp.float32), ids, LENGTH, jnp.float32, mesh)
+    [(_, layer)] = walk._layers([0])
+    compile_sensitivity(layer, walk.streams.take(0), mesh)()
+    assert "layer_sensitivity" in compiled
+    compiled.clear()
+    walk_both_ways(TINY, ids, mesh=mesh)
+    assert "layer_moments" in compiled
+    assert "layer_sensitivity" not in compiled
 
 
 @pytest.mark.parametrize(("keep", "mesh"), [(CHUNKS, (8, 1)), (3, (2, 4))])

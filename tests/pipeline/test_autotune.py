@@ -13,7 +13,9 @@ from svsk_jax import pipeline
 from svsk_jax.calibration.config import CalibrationConfig
 from svsk_jax.calibration.store import Statistics
 from svsk_jax.model.parameters import QUANTIZED_LINEARS, linear_inputs
+from svsk_jax.parallel.groups import DeviceGroups
 from svsk_jax.pipeline import plan as planning
+from svsk_jax.pipeline.layer_statistics import statistics_ahead
 from svsk_jax.pipeline.options import remove_options
 from svsk_jax.pipeline.plan import Choices, Plan, spend
 from svsk_jax.quant.types import SVSKWeight, TileShape, recipe
@@ -61,17 +63,18 @@ def tune(measured, work, **changes):
 def options(measured):
     """What an uninterrupted run measures of each layer."""
     source, statistics = measured
-    return [
-        planning.layer_options(
-            source.layer(index, jnp.float32),
-            linear_inputs(source.config, index),
-            statistics,
-            index,
-            CONFIG,
-            CHOICES,
-        )
-        for index in range(LAYERS)
-    ]
+    with statistics_ahead(statistics, source.config, CONFIG, DeviceGroups.of()) as ahead:
+        return [
+            planning.layer_options(
+                source.layer(index, jnp.float32),
+                linear_inputs(source.config, index),
+                ahead,
+                index,
+                CONFIG,
+                CHOICES,
+            )
+            for index in range(LAYERS)
+        ]
 
 
 @pytest.fixture
@@ -79,7 +82,7 @@ def calls(options, monkeypatch):
     """Layers that are measured from now on; `options` are what is found."""
     indices = []
 
-    def record(weights, reads, statistics, index, *settings):
+    def record(weights, reads, ahead, index, *settings):
         indices.append(index)
         return options[index]
 

@@ -6,7 +6,9 @@ import pytest
 
 from svsk_jax.quant.metric import (
     damped_cholesky,
+    falling_order,
     inverse_factor,
+    inverse_order,
     mix_moments,
     nats,
     shrink_to_diagonal,
@@ -28,6 +30,13 @@ def test_inverse_factor_factors_the_inverse():
     np.testing.assert_allclose(np.triu(U), U)
     factor = np.asarray(U, np.float64)
     np.testing.assert_allclose(factor.T @ factor @ damped, np.eye(24), atol=1e-3)
+
+
+def test_the_order_is_a_stable_sort():
+    h = jnp.asarray([2, 0.0, 7, 2, jnp.nan, -0.0, 7, -3, 2], jnp.float32)
+    order = falling_order(h)
+    np.testing.assert_array_equal(order, jnp.argsort(-h, stable=True))
+    np.testing.assert_array_equal(inverse_order(order), jnp.argsort(order))
 
 
 @pytest.mark.parametrize("tokens", [1, 3])

@@ -1,0 +1,52 @@
+"""Compiling what quantization will run, several programs at once: one after another, each when it is first
+called, they take longer than the layers of a small model."""
+
+import concurrent.futures
+import os
+from collections.abc import Iterable
+
+import jax
+
+from svsk_jax.model.config import ModelConfig
+from svsk_jax.model.parameters import layer_kinds, layer_linears
+from svsk_jax.quant import programs
+from svsk_jax.quant.types import QuantConfig
+
+MOST_THREADS = 8
+
+
+def compile_ahead(model: ModelConfig, config: QuantConfig, draft: QuantConfig | None) -> None:
+    """Compile what `quantize_joint` will run on a model's linears, and with a draft and bits to allocate what
+    `measure_options` will.
+
+    Nothing else is in the accelerator's memory yet that a search for the fastest product could come on top
+    of. On a CPU nothing is compiled ahead: several programs at once would share the cores of one.
+
+    Args:
+        model: its configuration.
+        config: a recipe with two-level scales.
+        draft: the recipe as options are measured by it (`plan.drafted`).
+    """
+    if jax.default_backend() != "cpu":
+        together(needed(model, config, draft))
+
+
+def needed(model: ModelConfig, config: QuantConfig, draft: QuantConfig | None) -> list[programs.Program]:
+    """What `compile_ahead` compiles, each program once: those of the largest linears, which take longest,
+    first."""
+    shapes = {shape for index in layer_kinds(model) for shape in layer_linears(model, index).values()}
+    found = {}
+    for shape in sorted(shapes, key=lambda shape: shape[0] * shape[1], reverse=True):
+        wanted = [*programs.of_quantization(shape, config)]
+        if draft is not None and draft.bits is not None:
+            wanted += programs.of_options(shape, draft, (draft.tile,))
+        for program in wanted:
+            arguments, structure = jax.tree.flatten(program.arguments)
+            found.setdefault((id(program.function), structure, *map(str, arguments)), program)
+    return list(found.values())
+
+
+def together(wanted: Iterable[programs.Program]) -> None:
+    """Compile several programs at once. One that cannot be compiled says so where it is called, if it is."""
+    with concurrent.futures.ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads:
+        concurrent.futures.wait([threads.submit(program.compile) for program in wanted])

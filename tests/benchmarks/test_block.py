@@ -1,0 +1,16 @@
+"""The benchmark of a large model's first layers: what it tells of memory."""
+
+from benchmarks.speed.block import highest, predicted_peaks_mb
+from svsk_jax.known_models import KNOWN
+
+
+def test_the_stage_of_the_peak_is_the_first_that_reached_it():
+    assert highest({"calibrate": 3.0, "sensitivity": 5.0, "plan": 5.0, "quantize": 5.0}) == "sensitivity"
+    assert highest({"calibrate": 3.0, "sensitivity": None}) == "calibrate"
+    assert highest({"calibrate": None}) is None
+
+
+def test_each_stage_has_a_prediction():
+    peaks = predicted_peaks_mb(KNOWN["Qwen3-0.6B"], 128)
+    assert set(peaks) == {"calibrate", "sensitivity", "plan", "quantize"}
+    assert all(peak > 100 for peak in peaks.values())
