@@ -5,7 +5,8 @@
 A checkpoint of `--layers` layers of the model's shapes, with random weights, is written to a temporary folder
 (safetensors, bf16, as the hub has them) and goes through `svsk calibrate` and `svsk quantize` as they are;
 the text is random tokens. Stages as in quantize.py. The first layer of a stage compiles; the whole model is
-estimated as the stage's first layer and as many as are left of its last one, besides what is done once.
+estimated as the stage's first layer and as many as are left of the others' mean (a layer may end while the
+next one is booked), besides what is done once.
 Memory is the accelerator's peak by the end of each stage, where it keeps count, beside what the memory plan
 (`svsk plan`) predicts for the stage, and what of the whole run's peak lies beyond one layer's weights. A peak
 is never forgotten: a stage that needed less than one before it shows that one's.
@@ -16,6 +17,7 @@ import dataclasses
 import datetime
 import os
 import platform
+import statistics
 import tempfile
 import time
 from importlib.metadata import version
@@ -81,7 +83,7 @@ class Laps:
 
 def whole(stages: dict[str, list[float]], layers: int) -> dict[str, float]:
     """Seconds of each stage for a model of so many layers."""
-    return {stage: each[0] + (layers - 1) * each[-1] for stage, each in stages.items()}
+    return {stage: each[0] + (layers - 1) * statistics.fmean(each[1:]) for stage, each in stages.items()}
 
 
 def highest(peaks: dict[str, float | None]) -> str | None:
@@ -100,19 +102,19 @@ def predicted_peaks_mb(config: ModelConfig, chunks: int) -> dict[str, float]:
 def measure(config: ModelConfig, name: str, layers: int, chunks: int, work: Path) -> dict[str, Any]:
     """Run the stages; prints as it goes."""
     few = dataclasses.replace(config, num_layers=layers)
-    model, statistics = work / "model", work / "statistics"
+    model, measured = work / "model", work / "statistics"
     model.mkdir()
     write_checkpoint(model, few)
     ids = np.random.default_rng(1).integers(0, few.vocab_size, (chunks, LENGTH), np.int32)
     text = Chunks(ids=ids, counts={"random tokens": chunks})
     source, laps = open_model(str(model)), Laps()
-    manifest = calibrate(source, statistics, CalibrationConfig(), chunks=text, on_progress=laps)
+    manifest = calibrate(source, measured, CalibrationConfig(), chunks=text, on_progress=laps)
     result = quantize(
         source,
         work / "out",
         recipe(name),
         recipe=name,
-        statistics=Statistics.open(statistics),
+        statistics=Statistics.open(measured),
         on_progress=laps,
     )
     block = 2 * sum(int(np.prod(shape)) for shape in layer_shapes(few, 0).values()) / 1e6

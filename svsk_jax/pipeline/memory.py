@@ -36,6 +36,9 @@ DEFAULT_CHUNK = 512
 PROGRAMS = {"text": 0.2, "calibrate": 0.15, "sensitivity": 0.3, "plan": 0.41, "quantize": 0.8}
 """GB that compiling and compiled programs take of a process on a CPU by the end of each stage, with what the
 allocator keeps of small arrays; measured (docs/decisions/0008)."""
+TRIALS = 0.25
+"""GB beyond the arrays that a stage takes of an accelerator, presumably where XLA tries products on operands
+of its own; measured (docs/decisions/0008)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -190,7 +193,7 @@ def _check(needed: int, limit: int, stage: str, advice: str, smallest: bool = Fa
 
 
 def _programs(machine: Machine, stage: str) -> int:
-    return int(PROGRAMS[stage] * 1e9) if machine.shares_host else 0
+    return int((PROGRAMS[stage] if machine.shares_host else TRIALS) * 1e9)
 
 
 def _calibration(
@@ -243,15 +246,17 @@ def _calibration(
         logits, tail = widths.head(length, model.vocab_size, machine.platform), size * tail_weights(model)
         # The last layer's moments are still being written.
         beside = outer if machine.shares_host else moments // machine.model
-        head = here + gradients + beside + copies * (tail + logits)
+        # An accelerator was seen to take the head a second time, as if for trials.
+        tails = copies if machine.shares_host else 2
+        head = here + gradients + beside + tails * tail + copies * logits
         peaks["sensitivity"] = max(back, head)
         kept = model.num_layers * kept_batches * size * batch * machine.devices * length * model.hidden_size
     room = int(calibration.fisher_memory * 1e9)
     off = batches * of_batch if streams == "store" else 0
+    for stage in ("calibrate", "sensitivity"):
+        if stage in peaks:
+            peaks[stage] += _programs(machine, stage)
     if machine.shares_host:
-        for stage in ("calibrate", "sensitivity"):
-            if stage in peaks:
-                peaks[stage] += _programs(machine, stage)
         if limit is not None:
             room = min(room, max(0, limit - max(peaks.values())))
         room = min(room, kept + off)
