@@ -14,6 +14,8 @@ FUSED_LIMIT = 129
 """Rows of x from which the weight is restored first (`docs/decisions/0004-kernels.md`)."""
 WAVE = 1000
 """Programs of two warps that a launch wants at least, to fill a large GPU."""
+LONGEST_SUM = 16
+"""Superblocks of a program that the search tries at most."""
 TABLES = Path(__file__).parent / "tuned"
 """A table for each kind of device, as `svsk tune-kernels` writes it."""
 FOLDER_VARIABLE = "SVSK_TUNED_KERNELS"
@@ -125,8 +127,9 @@ def candidates(weight: TritonWeight, batch: int) -> list[Blocks]:
     """Configurations worth timing, the heuristic's first."""
     cuts = {1: ((32, 2), (64, 2), (64, 4)), 8: ((32, 2), (64, 4)), 16: ((32, 2), (64, 4))}
     found = [heuristic(weight, batch)]
+    sums = [count for count in range(1, LONGEST_SUM + 1) if weight.superblocks % count == 0]
     for rows, warps in cuts.get(batch, ((64, 2), (64, 4), (128, 4))):
-        for superblocks in (1, 2, 4, 8, 16):
+        for superblocks in sums:
             for stages in (2, 3, 4) if batch == 1 else (2, 3):
                 blocks = Blocks(rows=rows, superblocks=superblocks, warps=warps, stages=stages, batch=batch)
                 programs = weight.padded_rows // rows * (weight.superblocks // superblocks)
