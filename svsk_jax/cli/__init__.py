@@ -1,6 +1,7 @@
 """The `svsk` command."""
 
 import errno
+import logging
 import os
 import signal
 import sys
@@ -63,6 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
     warnings.showwarning = _show_warning
+    # It has a handler of its own; by the root's, each retry would be told twice.
+    logging.getLogger("huggingface_hub").propagate = False
     warnings.filterwarnings("ignore", module=r"(orbax|transformers|datasets|huggingface_hub|jax|flax)\b.*")
     try:
         result = command.run()

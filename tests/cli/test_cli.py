@@ -1,6 +1,7 @@
 """The command line on a small checkpoint: every verb, and bad input with its exit code and next step."""
 
 import json
+import logging
 import os
 import shutil
 
@@ -264,3 +265,11 @@ def test_plan_reads_no_weights(tmp_path, capsys):
     assert "235,093,634,560" in capsys.readouterr().err
     assert svsk("plan", "--model", "SmolLM2-135M", "--costs", tmp_path / "p.json") == 2
     assert "--costs" in capsys.readouterr().err
+
+
+def test_what_the_hub_retries_is_told_once(caplog, monkeypatch):
+    hub = logging.getLogger("huggingface_hub")
+    monkeypatch.setattr(hub, "propagate", True)
+    svsk("plan", "--model", "no such model")
+    logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s")
+    assert not caplog.records
