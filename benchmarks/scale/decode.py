@@ -1,5 +1,6 @@
 """Tensor-parallel decoding by the fused step."""
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -185,8 +186,9 @@ def with_options(tiny: bool, report: Callable[..., None]) -> None:
     found = exchanges(tiny, report)
     model = on_devices(tiny, FEW_LAYERS, 2)
     ways = ["as it is"]
-    if not tiny:
-        ways.append(min((us, way) for way, us in found.items() if way != BOXES)[1])
+    by_xla = [(us, way) for way, us in found.items() if way != BOXES]
+    if by_xla and not tiny:
+        ways.append(min(by_xla)[1])
     boxes = boxes_of(model, report)
     if boxes is not None:
         ways.append(BOXES)
@@ -200,19 +202,23 @@ def kernels(tiny: bool, report: Callable[..., None]) -> None:
     """Device time of a token on one and on two devices, by kernel, without CUDA graphs."""
     for devices in counts(tiny)[:2]:
         model = on_devices(tiny, FEW_LAYERS, devices)
-        for batch in (1,) if tiny else (1, 16):
-            call = burst(model, batch, tiny, boxes_of(model, report))
+        boxes = boxes_of(model, report)
+        ways: dict[str, PeerBoxes | None] = {} if boxes is None else {BOXES: boxes}
+        ways |= {"XLA": None}
+        for way, batch in itertools.product(ways, (1,) if tiny else (1, 16)):
+            call = burst(model, batch, tiny, ways[way])
             if tiny:
-                report(devices=devices, batch=batch, tokens=call().tolist())
+                report(devices=devices, way=way, batch=batch, tokens=call().tolist())
                 continue
             [times] = call_times([Chain(call, steps.BURST)])
             each = {name: us / devices for name, us in sorted(times.items(), key=lambda item: -item[1])}
             report(
                 devices=devices,
                 layers=model.config.num_layers,
+                way=way,
                 batch=batch,
                 us_of_a_token=sum(each.values()),
-                us_of_exchange=sum(us for name, us in each.items() if _exchanges(name)),
+                us_of_exchange_by_xla=sum(us for name, us in each.items() if _exchanges(name)),
                 us_by_kernel={name: round(us, 1) for name, us in each.items() if us > 1},
             )
 

@@ -51,6 +51,7 @@ from svsk_jax.pipeline.checks import default_dtype
 from svsk_jax.pipeline.memory import Machine, gigabytes, plan_calibration, plan_quantization
 from svsk_jax.pipeline.plan import Plan, plan_model
 from svsk_jax.pipeline.progress import OnProgress
+from svsk_jax.quant.types import RECIPES
 from svsk_jax.storage.atomic import write_json
 from svsk_jax.xla_flags import take_library_products
 
@@ -122,7 +123,7 @@ def work(process: str, settings: Settings, folder: Path, on_progress: OnProgress
         return
     statistics = Statistics.open(folder / "statistics")
     if process == "options":
-        # As `quantize` does it, which then finds them.
+        # What `quantize` measures, which then finds it; on an accelerator `quantize` also compiles ahead.
         give_back_freed_arrays()
         plan = plan_model(
             source,
@@ -173,9 +174,11 @@ def run(process: str, settings: Settings, folder: Path, seconds: float) -> dict[
     child = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
         status = child.wait(timeout=max(seconds, 1))
-    except subprocess.TimeoutExpired:
+    except BaseException as error:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
         status = None
     path = folder / f"{process}.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"done": process == "model"}
@@ -208,7 +211,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=None, help="default: as many as the model has")
     parser.add_argument("--chunks", type=int, default=16)
     parser.add_argument("--length", type=int, default=512, help="tokens of a chunk")
-    parser.add_argument("--recipe", default="svsk-r16")
+    parser.add_argument(
+        "--recipe", default="svsk-r16", choices=[name for name, known in RECIPES.items() if not known.polish]
+    )
     parser.add_argument("--max-memory", type=float, default=None, help="as of `svsk quantize`")
     parser.add_argument("--threads", type=int, default=None, help="CPU cores that are used")
     parser.add_argument("--seconds", type=float, default=420, help="for all processes together")

@@ -151,10 +151,12 @@ def main() -> None:
     )
     parser.add_argument("--model", default="Qwen3-8B", choices=sorted(KNOWN))
     parser.add_argument("--recipe", default="svsk-r16")
-    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=3, help="2 or more")
     parser.add_argument("--chunks", type=int, default=128)
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
+    if arguments.layers < 2:
+        parser.error(f"--layers {arguments.layers}: expected 2 or more, since the first one compiles")
     take_library_products()
     report: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),

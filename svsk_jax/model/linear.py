@@ -33,7 +33,7 @@ def project(
     x: Float[Array, "*b k"], weight: Weight, layer: Int[Array, ""] | None = None
 ) -> Float[Array, "*b n"]:
     """y = x Wᵀ with W [N, K] of any form, or the one at index `layer` of a stack of them; f32 accumulation, y
-    in x's dtype."""
+    in x's dtype. Derivatives are taken backwards alone (no `jax.jvp`)."""
     if isinstance(weight, PackedWeight | LaidOutWeight):
         return svsk_matmul(x, weight, layer=layer)
     return _dense_product(x, (weight if layer is None else weight[layer]).astype(x.dtype))

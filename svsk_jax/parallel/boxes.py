@@ -24,9 +24,9 @@ PATIENCE = 1 << 24
 class PeerBoxes:
     """Boxes of all devices of a mesh, each for those along its `model` axis, and whose turn it is.
 
-    `decode_step.exchange` uses them. They stay where they are until this object goes, and it must outlive
-    every call that has taken turns. A program must run once with `take(…, wait=False)` before it runs in
-    earnest.
+    `decode_step.finish_residual` uses them. They stay where they are until this object goes, and it must
+    outlive every call that has taken turns. A program must run once with `take(…, wait=False)` before it runs
+    in earnest.
 
     Raises:
         ValueError: `why_no_boxes` has a reason.

@@ -8,6 +8,7 @@ LARGE = 1 << 20
 M_MMAP_THRESHOLD = -3
 """As malloc.h has it."""
 VARIABLE = "MALLOC_MMAP_THRESHOLD_"
+TUNABLES = "GLIBC_TUNABLES"
 
 
 def give_back_freed_arrays() -> bool:
@@ -17,7 +18,7 @@ def give_back_freed_arrays() -> bool:
     heaps, whose gaps grow from layer to layer: by the last one they are most of the process
     (docs/decisions/0008). Other C libraries are left alone, and what the user set in the environment is.
     """
-    if VARIABLE in os.environ:
+    if VARIABLE in os.environ or "glibc.malloc.mmap_threshold" in os.environ.get(TUNABLES, ""):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -33,7 +33,7 @@ from svsk_jax.pipeline.working_sets import (
 )
 
 DEFAULT_CHUNK = 512
-PROGRAMS = {"text": 0.2, "calibrate": 0.15, "sensitivity": 0.3, "plan": 0.41, "quantize": 0.8}
+PROGRAMS = {"text": 0.2, "calibrate": 0.15, "sensitivity": 0.3, "plan": 0.45, "quantize": 0.85}
 """GB that compiling and compiled programs take of a process on a CPU by the end of each stage, with what the
 allocator keeps of small arrays; measured (docs/decisions/0008)."""
 TRIALS = 0.25

@@ -5,7 +5,7 @@ import ctypes
 import numpy as np
 import pytest
 
-from svsk_jax.pipeline.allocator import LARGE, VARIABLE, give_back_freed_arrays
+from svsk_jax.pipeline.allocator import LARGE, TUNABLES, VARIABLE, give_back_freed_arrays
 
 
 class MallocInfo(ctypes.Structure):
@@ -32,19 +32,25 @@ def glibc():
 
 def test_large_arrays_lie_outside_heaps(glibc, monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(TUNABLES, raising=False)
     # Freeing one makes glibc cut smaller ones out of heaps, unless it was told otherwise.
     freed = np.ones(24 * LARGE, np.uint8)
     del freed
     assert give_back_freed_arrays()
     before = blocks_of_their_own()
     kept = [np.empty(20 * LARGE, np.uint8) for _ in range(5)]
-    assert blocks_of_their_own() == before + 5
+    # Other threads of the process may have some too.
+    most = blocks_of_their_own()
+    assert most >= before + 5
     del kept
-    assert blocks_of_their_own() == before
+    assert blocks_of_their_own() <= most - 5
 
 
-def test_what_the_user_set_is_left_alone(monkeypatch):
-    monkeypatch.setenv(VARIABLE, "4194304")
+@pytest.mark.parametrize(
+    ("variable", "value"), [(VARIABLE, "4194304"), (TUNABLES, "glibc.malloc.mmap_threshold=4194304")]
+)
+def test_what_the_user_set_is_left_alone(monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
     assert not give_back_freed_arrays()
 
 
