@@ -300,13 +300,13 @@ def layers_ahead(
     source: ModelSource, dtype: DTypeLike, groups: DeviceGroups
 ) -> ReadAhead[int, dict[str, Any]]:
     """Each layer's parameters in this process's order, in host memory, whence each group takes them to its
-    own devices; as many are read ahead as there are groups."""
+    own devices; as many are read ahead as are at work at once."""
 
     def read(index: int) -> dict[str, Any]:
         return {path: np.asarray(value) for path, value in source.layer(index, dtype).items()}
 
     own = groups.own(source.config.num_layers)
-    return ReadAhead(read, own, len(groups.local))
+    return ReadAhead(read, own, groups.at_once)
 
 
 def spend(options: Mapping[str, list[Option]], config: QuantConfig) -> Allocation:
