@@ -47,6 +47,11 @@ def needed(model: ModelConfig, config: QuantConfig, draft: QuantConfig | None) -
 
 
 def together(wanted: Iterable[programs.Program]) -> None:
-    """Compile several programs at once. One that cannot be compiled says so where it is called, if it is."""
-    with concurrent.futures.ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads:
-        concurrent.futures.wait([threads.submit(program.compile) for program in wanted])
+    """Compile several programs at once. At one that cannot be compiled, or an interrupt, no further one is
+    begun; the one that cannot be says so where it is called, if it is."""
+    threads = concurrent.futures.ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1))
+    try:
+        compiling = [threads.submit(program.compile) for program in wanted]
+        concurrent.futures.wait(compiling, return_when=concurrent.futures.FIRST_EXCEPTION)
+    finally:
+        threads.shutdown(cancel_futures=True)
