@@ -42,8 +42,8 @@ from svsk_jax.quant.types import OutputSensitivity
 
 
 class Walk:
-    """Batches of residual streams on their way through a model's layers. A context manager: at its end nothing
-    is being compiled any more.
+    """Batches of residual streams on their way through a model's layers. A context manager: at its end
+    nothing is being compiled any more.
 
     Args:
         source: the unquantized model.
