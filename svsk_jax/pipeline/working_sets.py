@@ -101,11 +101,14 @@ class Widths:
 
     @staticmethod
     def head(length: int, vocabulary: int, platform: str = "gpu") -> int:
-        """Bytes that XLA takes to differentiate the head for a chunk: the noise of its labels, which a CPU
-        makes in several steps, and the logits of a piece of it."""
+        """Bytes that XLA takes to differentiate the head for a chunk: the noise of its labels, padded to
+        whole pieces, and the logits of a piece. A CPU takes most before that, while it makes the noise in
+        several steps."""
         if platform == "cpu":
             return 7 * 4 * length * vocabulary
-        return 4 * (length + 3 * min(length, HEAD_TOKENS)) * vocabulary
+        piece = min(length, HEAD_TOKENS)
+        padded = math.ceil(length / piece) * piece
+        return 4 * (padded + 3 * piece) * vocabulary
 
     def backwards(self, tokens: int, length: int, size: int) -> int:
         """Likewise to differentiate it."""
