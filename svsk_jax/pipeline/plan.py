@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -253,13 +253,22 @@ def plan_model(
     ):
         options = measured_options(
             layers,
-            lambda index: None if work is None else options_file(work, index, "plan"),
+            lambda index: None if work is None else _options_file(work, index),
             measuring(source, ahead, config, Choices.of(config), weights),
             groups,
             report,
         )
     chosen = spend(options, config)
     return Plan(recipe=recipe, config=config, tensors=chosen.plans, predicted_nats=chosen.nats)
+
+
+def is_measured(work: Path, layers: Iterable[int]) -> bool:
+    """Whether the options of these layers are in the folder `work` of `plan_model`."""
+    return all(_options_file(work, index).is_file() for index in layers)
+
+
+def _options_file(work: Path, index: int) -> Path:
+    return options_file(work, index, "plan")
 
 
 def layer_options(
