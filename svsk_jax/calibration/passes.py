@@ -42,7 +42,8 @@ from svsk_jax.quant.types import OutputSensitivity
 
 
 class Walk:
-    """Batches of residual streams on their way through a model's layers.
+    """Batches of residual streams on their way through a model's layers. A context manager: at its end
+    nothing is being compiled any more.
 
     Args:
         source: the unquantized model.
@@ -79,9 +80,16 @@ class Walk:
         """Chunks that `backwards` goes on with."""
         self.gradients = Streams("gradients", self._place, store)
         """Of these, on the way back."""
-        self._compiling: list[Future[None]] = []
+        self._compiler = ThreadPoolExecutor(max_workers=1)
+        self._compiling: Future[None] | None = None
         """What the way back runs, where it is compiled on the way there: not on a CPU, which has no core free
         for it."""
+
+    def __enter__(self) -> "Walk":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._compiler.shutdown(cancel_futures=True)
 
     def _layers(self, indices: Sequence[int]) -> Iterator[tuple[int, DecoderLayer]]:
         """Each layer on all devices; the next one is read meanwhile."""
@@ -151,10 +159,8 @@ class Walk:
                 if sums is None:
                     sums = no_moments(layer, x, mask, self.mesh, full)
                 if keep is not None and batch < self._kept_batches:
-                    if not self._compiling and self.mesh.devices.flat[0].platform != "cpu":
-                        thread = ThreadPoolExecutor(max_workers=1)
-                        self._compiling.append(thread.submit(compile_sensitivity(layer, x, self.mesh)))
-                        thread.shutdown(wait=False)
+                    if self._compiling is None and self.mesh.devices.flat[0].platform != "cpu":
+                        self._compiling = self._compiler.submit(compile_sensitivity(layer, x, self.mesh))
                     keep.put(index, batch, local_rows(x))
                 y, sums = layer_moments(layer, x, mask, sums, self.mesh, full)
                 self.streams.put(batch, y)
@@ -183,7 +189,8 @@ class Walk:
             kept: the layers' inputs that `forwards` or `replay` put there.
             layers: how many are left.
         """
-        wait(self._compiling)
+        if self._compiling is not None:
+            wait([self._compiling])
         upstream, batches = self.gradients, range(self._kept_batches)
         last = None
         for index, layer in self._layers(range(layers)[::-1]):

@@ -80,7 +80,7 @@ def head_gradient(
             length, width = x.shape
             size = min(HEAD_TOKENS, length)
             padding = ((0, -length % size), (0, 0))
-            noise = jnp.pad(jax.random.gumbel(key, (length, vocabulary)), padding)
+            noise = jnp.pad(jax.random.gumbel(key, (length, vocabulary), jnp.float32), padding)
             pieces = (jnp.pad(x, padding).reshape(-1, size, width), noise.reshape(-1, size, vocabulary))
             found = jax.lax.map(lambda piece: jax.grad(loss)(*piece, row_mask), pieces)
             return found.reshape(-1, width)[:length]

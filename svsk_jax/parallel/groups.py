@@ -52,21 +52,22 @@ class DeviceGroups:
         here = jax.process_index()
         return [index for index in range(layers) if self.owners[index % len(self.owners)] == here]
 
-    def each(self, items: Iterable[int], task: Callable[[int, Sequence[Any]], T]) -> Generator[T]:
-        """`task(item, devices)` of each item, in order, with as many items at work as this process has
-        groups. The task runs with the group's first device as the default one; `devices` is empty when it is
-        the only one.
+    @property
+    def at_once(self) -> int:
+        """How many of this process's groups are at work at once. On CPU one: devices there share their cores,
+        and solvers that run on several at once can wait for one another for ever."""
+        return 1 if self.local[0][0].platform == "cpu" else len(self.local)
 
-        On CPU one after another: devices there share their cores, and solvers that run on several at once
-        can wait for one another for ever.
-        """
+    def each(self, items: Iterable[int], task: Callable[[int, Sequence[Any]], T]) -> Generator[T]:
+        """`task(item, devices)` of each item, in order, with `at_once` items at work. The task runs with the
+        group's first device as the default one; `devices` is empty when it is the only one."""
 
         def run(item: int, group: Group) -> T:
             is_default = group[0] == jax.local_devices()[0]
             with contextlib.nullcontext() if is_default else jax.default_device(group[0]):
                 return task(item, group if len(group) > 1 else ())
 
-        if len(self.local) == 1 or self.local[0][0].platform == "cpu":
+        if self.at_once == 1:
             for turn, item in enumerate(items):
                 yield run(item, self.local[turn % len(self.local)])
             return

@@ -11,13 +11,15 @@ T = TypeVar("T")
 
 class ReadAhead(Generic[Item, T]):
     """`take(item)` gives `read(item)`; the items behind it are read meanwhile. A context manager: at its end
-    nothing is read any more. Items may be taken from several threads, up to `depth` out of order.
+    nothing is read any more. Items may be taken from several threads, each item once; one that is taken more
+    than `depth` items behind the last is read anew.
 
     Args:
         read: called on the threads, with one item at a time on each; an error is raised by the `take` of its
             item.
         items: in the order in which they will be taken; some may be left out.
-        depth: how many items are read ahead, which is how many more than those taken are in memory.
+        depth: how many items are read ahead at most, whoever takes them, which is how many more than those
+            taken are in memory.
         threads: how many items are read at once.
     """
 
@@ -25,6 +27,7 @@ class ReadAhead(Generic[Item, T]):
         self._read, self._items, self._depth = read, items, depth
         self._places = {item: place for place, item in enumerate(items)}
         self._reading: dict[Item, Future[T]] = {}
+        self._taken: set[Item] = set()
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(max_workers=threads)
 
@@ -38,11 +41,14 @@ class ReadAhead(Generic[Item, T]):
         """The item, which is not kept."""
         place = self._places[item]
         with self._lock:
-            for coming in self._items[place : place + 1 + self._depth]:
-                if coming not in self._reading:
-                    self._reading[coming] = self._threads.submit(self._read, coming)
-            found = self._reading.pop(item)
             # Left out: whatever lies further back than items may be taken out of order.
             for other in [each for each in self._reading if self._places[each] < place - self._depth]:
                 self._reading.pop(other).cancel()
+            self._taken.add(item)
+            found = self._reading.pop(item, None) or self._threads.submit(self._read, item)
+            for coming in self._items[place + 1 : place + 1 + self._depth]:
+                if len(self._reading) == self._depth:
+                    break
+                if coming not in self._taken and coming not in self._reading:
+                    self._reading[coming] = self._threads.submit(self._read, coming)
         return found.result()

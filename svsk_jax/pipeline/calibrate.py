@@ -166,9 +166,13 @@ def _measure(
     begun = Place(*begun)
     goes_back = begun.kind == "gradients"
     full, fisher = calibration.moments == "full", calibration.fisher_chunks
-    with OneBehind() as writer, BlockInputs(memory.store_bytes, run.folder) as kept:
-        off_devices = kept if memory.streams == "store" else None
-        walk = Walk(source, outer, ids, memory.batch_tokens, dtype, mesh, off_devices)
+    with (
+        OneBehind() as writer,
+        BlockInputs(memory.store_bytes, run.folder) as kept,
+        Walk(
+            source, outer, ids, memory.batch_tokens, dtype, mesh, kept if memory.streams == "store" else None
+        ) as walk,
+    ):
         del outer
 
         def write(how: Callable[..., None], index: int, *found: Any) -> None:

@@ -1,5 +1,9 @@
 """Compiling what quantization will run, several programs at once: one after another, each when it is first
-called, they take longer than the layers of a small model."""
+called, they take longer than the layers of a small model.
+
+For the process's default device alone. Where other groups of devices take layers too, each compiles for its
+own what it is the first to call.
+"""
 
 import concurrent.futures
 import os
@@ -15,29 +19,32 @@ from svsk_jax.quant.types import QuantConfig
 MOST_THREADS = 8
 
 
-def compile_ahead(model: ModelConfig, config: QuantConfig, draft: QuantConfig | None) -> None:
-    """Compile what `quantize_joint` will run on a model's linears, and with a draft and bits to allocate what
-    `measure_options` will.
+def compile_ahead(model: ModelConfig, config: QuantConfig | None, draft: QuantConfig | None) -> None:
+    """Compile for the default device what `quantize_joint` will run on a model's linears, and with a draft
+    and bits to allocate what `measure_options` will.
 
     Nothing else is in the accelerator's memory yet that a search for the fastest product could come on top
     of. On a CPU nothing is compiled ahead: several programs at once would share the cores of one.
 
     Args:
         model: its configuration.
-        config: a recipe with two-level scales.
-        draft: the recipe as options are measured by it (`plan.drafted`).
+        config: a recipe with two-level scales; None where every layer is quantized.
+        draft: the recipe as options are measured by it (`plan.drafted`); None where all are measured, or none
+            will be.
     """
     if jax.default_backend() != "cpu":
         together(needed(model, config, draft))
 
 
-def needed(model: ModelConfig, config: QuantConfig, draft: QuantConfig | None) -> list[programs.Program]:
+def needed(
+    model: ModelConfig, config: QuantConfig | None, draft: QuantConfig | None
+) -> list[programs.Program]:
     """What `compile_ahead` compiles, each program once: those of the largest linears, which take longest,
     first."""
     shapes = {shape for index in layer_kinds(model) for shape in layer_linears(model, index).values()}
     found = {}
     for shape in sorted(shapes, key=lambda shape: shape[0] * shape[1], reverse=True):
-        wanted = [*programs.of_quantization(shape, config)]
+        wanted = [] if config is None else [*programs.of_quantization(shape, config)]
         if draft is not None and draft.bits is not None:
             wanted += programs.of_options(shape, draft, (draft.tile,))
         for program in wanted:
@@ -47,6 +54,11 @@ def needed(model: ModelConfig, config: QuantConfig, draft: QuantConfig | None) -
 
 
 def together(wanted: Iterable[programs.Program]) -> None:
-    """Compile several programs at once. One that cannot be compiled says so where it is called, if it is."""
-    with concurrent.futures.ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads:
-        concurrent.futures.wait([threads.submit(program.compile) for program in wanted])
+    """Compile several programs at once. At one that cannot be compiled, or an interrupt, no further one is
+    begun; the one that cannot be says so where it is called, if it is."""
+    threads = concurrent.futures.ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1))
+    try:
+        compiling = [threads.submit(program.compile) for program in wanted]
+        concurrent.futures.wait(compiling, return_when=concurrent.futures.FIRST_EXCEPTION)
+    finally:
+        threads.shutdown(cancel_futures=True)

@@ -48,8 +48,8 @@ def statistics_ahead(
     statistics: Statistics, model: ModelConfig, config: QuantConfig, groups: DeviceGroups
 ) -> StatisticsAhead:
     """What was measured of each input of this process's layers, by layer and input, on the host. The next
-    inputs' files are read meanwhile, over the end of a layer; where several groups of devices have a layer
-    each, theirs by turns.
+    inputs' files are read meanwhile, over the end of a layer; where several groups of devices are at work at
+    once, a layer each, theirs by turns.
 
     Args:
         statistics: of the model.
@@ -57,7 +57,7 @@ def statistics_ahead(
         config: the recipe.
         groups: that take the layers.
     """
-    several = len(groups.local)
+    several = groups.at_once
 
     @functools.lru_cache(maxsize=2 * several)
     def files(index: int) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]:

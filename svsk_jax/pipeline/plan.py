@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -253,13 +253,22 @@ def plan_model(
     ):
         options = measured_options(
             layers,
-            lambda index: None if work is None else options_file(work, index, "plan"),
+            lambda index: None if work is None else _options_file(work, index),
             measuring(source, ahead, config, Choices.of(config), weights),
             groups,
             report,
         )
     chosen = spend(options, config)
     return Plan(recipe=recipe, config=config, tensors=chosen.plans, predicted_nats=chosen.nats)
+
+
+def is_measured(work: Path, layers: Iterable[int]) -> bool:
+    """Whether the options of these layers are in the folder `work` of `plan_model`."""
+    return all(_options_file(work, index).is_file() for index in layers)
+
+
+def _options_file(work: Path, index: int) -> Path:
+    return options_file(work, index, "plan")
 
 
 def layer_options(
@@ -300,13 +309,13 @@ def layers_ahead(
     source: ModelSource, dtype: DTypeLike, groups: DeviceGroups
 ) -> ReadAhead[int, dict[str, Any]]:
     """Each layer's parameters in this process's order, in host memory, whence each group takes them to its
-    own devices; as many are read ahead as there are groups."""
+    own devices; as many are read ahead as are at work at once."""
 
     def read(index: int) -> dict[str, Any]:
         return {path: np.asarray(value) for path, value in source.layer(index, dtype).items()}
 
     own = groups.own(source.config.num_layers)
-    return ReadAhead(read, own, len(groups.local))
+    return ReadAhead(read, own, groups.at_once)
 
 
 def spend(options: Mapping[str, list[Option]], config: QuantConfig) -> Allocation:

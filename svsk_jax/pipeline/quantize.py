@@ -35,7 +35,7 @@ from svsk_jax.pipeline.layer_statistics import statistics_ahead
 from svsk_jax.pipeline.layers import LayerTotals, named, nbytes, on_first_device, quantize_layers
 from svsk_jax.pipeline.memory import Machine, plan_calibration, plan_quantization
 from svsk_jax.pipeline.metadata import origin
-from svsk_jax.pipeline.plan import Plan, drafted, layers_ahead, plan_model
+from svsk_jax.pipeline.plan import Plan, drafted, is_measured, layers_ahead, plan_model
 from svsk_jax.pipeline.polish import polish
 from svsk_jax.pipeline.progress import OnProgress, Progress, Stopwatch, geometric_mean
 from svsk_jax.pipeline.quantize_layer import layer_errors, quantize_layer
@@ -180,8 +180,12 @@ def quantize(
             del outer
             watch.lap("quantize")
             if settings.scales == "two_level":
-                draft = None if isinstance(config, Plan) else drafted(settings)
-                compile_ahead(source.config, settings, draft)
+                own = groups.own(source.config.num_layers)
+                measures = not (isinstance(config, Plan) or is_measured(run.options, own))
+                quantizes = not run.is_quantized(own, settings.polish > 0)
+                compile_ahead(
+                    source.config, settings if quantizes else None, drafted(settings) if measures else None
+                )
             if isinstance(config, Plan):
                 plan = config
             else:

@@ -20,7 +20,7 @@ import json
 import shutil
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -111,6 +111,12 @@ class Run(Unfinished):
     def has_statistics(self) -> bool:
         """Whether calibration is complete."""
         return holds_statistics(self.statistics)
+
+    def is_quantized(self, layers: Iterable[int], polish: bool) -> bool:
+        """Whether these layers are stored, or left for the lead to store; with polish, as they are before
+        it."""
+        writer = self.drafts if polish else self.model
+        return all(writer.has(index) or self.handover.has(index) for index in layers)
 
     @property
     def holds_work(self) -> bool:

@@ -16,7 +16,8 @@ from svsk_jax.model.parameters import (
 from svsk_jax.quant.types import SENSITIVITY_TILE
 
 AHEAD = 3
-"""Inputs of linears whose statistics are read ahead: with the one at hand, all of a dense layer's."""
+"""Inputs of linears whose statistics are read ahead for each layer at work: with the one at hand, all of a
+dense layer's."""
 WORKING_COPIES = 12
 """f32 [N, K] arrays alive at once while a linear is rounded: W, its two best forms, and what the compiled
 search, feedback and fit keep."""
@@ -50,8 +51,8 @@ def device_bytes(config: ModelConfig, platform: str = "gpu") -> int:
 
 
 def ahead_bytes(model: ModelConfig, itemsize: int) -> int:
-    """What is read ahead while a linear is worked on, in host memory: the next layer, and the next inputs'
-    moments and weighted moments."""
+    """What is read ahead while a linear is worked on, in host memory, where one layer is at work at a time,
+    as on a CPU: the next layer, and the next inputs' moments and weighted moments."""
     largest = max(
         sum(width**2 for width in sorted(input_widths(model, index).values())[-AHEAD:])
         for index in layer_kinds(model)
@@ -100,11 +101,14 @@ class Widths:
 
     @staticmethod
     def head(length: int, vocabulary: int, platform: str = "gpu") -> int:
-        """Bytes that XLA takes to differentiate the head for a chunk: the noise of its labels, which a CPU
-        makes in several steps, and the logits of a piece of it."""
+        """Bytes that XLA takes to differentiate the head for a chunk: the noise of its labels, padded to
+        whole pieces, and the logits of a piece. A CPU takes most before that, while it makes the noise in
+        several steps."""
         if platform == "cpu":
             return 7 * 4 * length * vocabulary
-        return 4 * (length + 3 * min(length, HEAD_TOKENS)) * vocabulary
+        piece = min(length, HEAD_TOKENS)
+        padded = math.ceil(length / piece) * piece
+        return 4 * (padded + 3 * piece) * vocabulary
 
     def backwards(self, tokens: int, length: int, size: int) -> int:
         """Likewise to differentiate it."""

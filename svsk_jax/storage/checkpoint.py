@@ -84,10 +84,14 @@ class ModelWriter:
         metadata = {"errors": dict(errors or {}), "predicted_nats": predicted_nats}
         arrays.save(self._path(index), parameters, metadata)
 
+    def has(self, index: int) -> bool:
+        """Whether layer `index` is there, be it damaged."""
+        return self._path(index).is_dir()
+
     def read(self, index: int) -> StoredLayer | None:
         """A layer that was stored before; None where there is none, or where it is damaged."""
         path = self._path(index)
-        if not path.is_dir():
+        if not self.has(index):
             return None
         try:
             metadata = arrays.read_metadata(path)

@@ -1,6 +1,7 @@
 """The walk backwards, a layer at a time, gives what one differentiation of the whole model gives."""
 
 import dataclasses
+import threading
 from functools import partial
 
 import jax
@@ -108,10 +109,46 @@ def test_the_head_takes_a_chunk_in_pieces(monkeypatch):
         close(whole[row], jax.grad(loss)(x[row]), 1e-6)
 
 
+def test_the_head_draws_in_f32_under_x64():
+    source, mesh = MemorySource(TINY), make_mesh(1, 1, jax.devices()[:1])
+    tail = Tail(TINY, {path: jnp.asarray(value) for path, value in source.outer(jnp.float32).items()})
+    x, mask = jnp.zeros((1, LENGTH, TINY.hidden_size)), jnp.ones(1)
+    with jax.enable_x64(True):
+        traced = jax.make_jaxpr(partial(head_gradient.__wrapped__, mesh=mesh))(tail, x, mask, SEED, 0)
+    assert f"f32[{LENGTH},{TINY.vocab_size}]" in str(traced)
+    assert f"f64[{LENGTH},{TINY.vocab_size}]" not in str(traced)
+
+
+def test_a_walk_that_fails_leaves_nothing_compiling():
+    """As on an accelerator, where the way back is compiled on the way there."""
+    begun, go_on, ended = threading.Event(), threading.Event(), []
+
+    def compile_it():
+        begun.set()
+        assert go_on.wait(20)
+        ended.append("compiled")
+
+    def fail():
+        with Walk(source, source.outer(jnp.float32), draw_ids(1), LENGTH, jnp.float32, mesh) as walk:
+            walk._compiling = walk._compiler.submit(compile_it)
+            assert begun.wait(20)
+            queued = walk._compiler.submit(ended.append, "queued")
+            threading.Timer(0.1, go_on.set).start()
+            raise RuntimeError("stop", queued)
+
+    source, mesh = MemorySource(TINY), make_mesh(1, 1, jax.devices()[:1])
+    with pytest.raises(RuntimeError, match="stop") as raised:
+        fail()
+    assert ended == ["compiled"]
+    assert raised.value.args[1].cancelled()
+
+
 def test_the_way_back_runs_what_was_compiled_ahead(compiled):
     mesh, ids, source = make_mesh(1, 1, jax.devices()[:1]), draw_ids(), MemorySource(TINY)
     walk = Walk(source, source.outer(jnp.float32), ids, LENGTH, jnp.float32, mesh)
     [(_, layer)] = walk._layers([0])
+    # Whatever other tests have compiled.
+    jax.clear_caches()
     compile_sensitivity(layer, walk.streams.take(0), mesh)()
     assert "layer_sensitivity" in compiled
     compiled.clear()

@@ -2,6 +2,7 @@
 
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -51,3 +52,62 @@ def test_what_is_left_out_is_let_go_of():
         for item in range(0, 40, 2):
             ahead.take(item)
         assert len(alive) <= 4
+
+
+def test_two_takers_that_drift_apart_have_each_item_read_once():
+    """Two layers of eight inputs by turns. The first is through when the second is at its third input."""
+
+    class Input:
+        pass
+
+    alive, reads, held = weakref.WeakSet(), [], []
+
+    def read(item):
+        reads.append(item)
+        found = Input()
+        alive.add(found)
+        return found
+
+    items = [(layer, place) for place in range(8) for layer in range(2)]
+    order = [(0, 0), (1, 0), (0, 1), (1, 1), *((0, place) for place in range(2, 8))]
+    order += [(1, place) for place in range(2, 8)]
+    depth = 12
+    with ReadAhead(read, items, depth, threads=3) as ahead:
+        for item in order:
+            ahead.take(item)
+            held.append(len(ahead._reading))
+            assert len(alive) <= depth + 1
+        assert not ahead._reading
+    assert sorted(reads) == sorted(items)
+    assert max(held) == depth
+
+
+def test_no_more_is_held_than_the_depth_however_far_takers_drift():
+    """The second begins when the first has left its window."""
+    reads = []
+    items = [(layer, place) for place in range(20) for layer in range(2)]
+    with ReadAhead(lambda item: reads.append(item) or item, items, 6, threads=2) as ahead:
+        for item in [(layer, place) for layer in range(2) for place in range(20)]:
+            assert ahead.take(item) == item
+            assert len(ahead._reading) <= 6
+    assert all(reads.count(item) == 1 for item in items if item[0] == 0)
+
+
+def test_items_are_taken_from_several_threads():
+    """Of the first two, each ends only when the other is being read too."""
+    both = threading.Barrier(2, timeout=20)
+    reads = []
+
+    def read(item):
+        reads.append(item)
+        if item < 2:
+            both.wait()
+        return item
+
+    with ReadAhead(read, range(20), 20, threads=2) as ahead, ThreadPoolExecutor(2) as takers:
+        halves = [
+            takers.submit(lambda start=start: [ahead.take(item) for item in range(start, 20, 2)])
+            for start in range(2)
+        ]
+        assert [half.result() for half in halves] == [list(range(start, 20, 2)) for start in range(2)]
+    assert sorted(reads) == list(range(20))

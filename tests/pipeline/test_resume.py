@@ -117,8 +117,13 @@ def done(monkeypatch):
     return steps
 
 
-def test_every_stage_of_the_whole_recipe(done, tmp_path):
-    events, source = [], MemorySource(SQUARE)
+def test_every_stage_of_the_whole_recipe(done, tmp_path, monkeypatch):
+    events, source, compiled = [], MemorySource(SQUARE), []
+
+    def compile_ahead(model, config, draft):
+        compiled.append(({"options"} if draft else set()) | ({"layers"} if config else set()))
+
+    monkeypatch.setattr(module, "compile_ahead", compile_ahead)
     whole = run(tmp_path / "whole", STRONG, source=source, on_progress=events.append)
     assert tuple(dict.fromkeys(event.stage for event in events)) == STAGES
     assert done == ["calibrate", "layer", "layer", "polish"]
@@ -133,8 +138,11 @@ def test_every_stage_of_the_whole_recipe(done, tmp_path):
     assert kept == [True] * len(STAGES)
     assert done == ["layer", "polish"]
     done.clear()
+    compiled.append("at last")
     result = run(out, STRONG, source=source, resume=True)
     assert done == ["polish"]
+    # The whole run; those that ended while they planned, quantized and polished; and the last.
+    assert compiled == [*[{"options", "layers"}] * 3, {"layers"}, "at last", set()]
     assert_same(tmp_path / "whole", out)
     assert dataclasses.replace(result, output=whole.output, seconds=whole.seconds) == whole
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]

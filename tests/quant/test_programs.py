@@ -1,8 +1,13 @@
 """Programs that are compiled before there is anything to run them on."""
 
+import signal
+import threading
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from svsk_jax.pipeline.compile_ahead import together
 from svsk_jax.pipeline.plan import Choices, drafted, measure_options
@@ -37,3 +42,59 @@ def test_what_was_compiled_ahead_is_what_runs(compiled):
         quantize_joint(W, *metrics, plan, config)
     assert not ahead & set(compiled)
     assert "pack_int6" in compiled
+
+
+MANY = 1000
+
+
+class Compiling:
+    """Counts compilations; at the first one something happens."""
+
+    def __init__(self, at_first):
+        self.at_first, self.begun = at_first, 0
+
+    def lower(self):
+        return self
+
+    def compile(self):
+        self.begun += 1
+        if self.begun == 1:
+            self.at_first()
+        time.sleep(0.02)
+
+
+def fail():
+    raise ValueError("no such operation")
+
+
+def test_one_that_cannot_be_compiled_ends_it_and_says_so_where_it_is_called():
+    function = Compiling(fail)
+    together([programs.Program(function, ())] * MANY)
+    assert 0 < function.begun < MANY
+    jitted = jax.jit(lambda x: fail())
+    together([programs.Program(jitted, (1.0,))])
+    with pytest.raises(ValueError, match="no such operation"):
+        jitted(1.0)
+
+
+def test_an_interrupt_leaves_the_rest_uncompiled():
+    queued, main = threading.Event(), threading.get_ident()
+
+    def interrupt():
+        assert queued.wait(20)
+        # By then it waits: a signal that comes just before is seen when the wait is over.
+        time.sleep(0.3)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    def wanted():
+        yield from [programs.Program(function, ())] * MANY
+        queued.set()
+
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    function = Compiling(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            together(wanted())
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert 0 < function.begun < MANY
