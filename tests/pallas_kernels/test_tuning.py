@@ -59,6 +59,16 @@ def test_a_folder_of_the_user_goes_first(monkeypatch, tmp_path):
     assert configuration(weight, 1) == Blocks(**blocks)
 
 
+def test_kin_of_a_tuned_gpu_take_its_blocks(monkeypatch, tmp_path):
+    assert table("NVIDIA H200") == table("NVIDIA H100 80GB HBM3") != {}
+    assert table("NVIDIA A100-SXM4-80GB") == {}
+    blocks = {"rows": 64, "superblocks": 1, "warps": 4, "stages": 2}
+    kind = "NVIDIA H200 of the user"
+    table_path(kind, tmp_path).write_text(json.dumps({"blocks": {"64x256": {"1": blocks}}}))
+    monkeypatch.setenv(tuning.FOLDER_VARIABLE, str(tmp_path))
+    assert table(kind) == table("NVIDIA H200") | {"64x256": {1: Blocks(**blocks)}}
+
+
 def test_a_table_that_does_not_fit_is_passed_over(monkeypatch, tmp_path):
     weight = abstract_weight(96, 256)
     document = {
