@@ -19,8 +19,8 @@ LONGEST_SUM = 16
 TABLES = Path(__file__).parent / "tuned"
 """A table for each kind of device, as `svsk tune-kernels` writes it."""
 KIN = "NVIDIA H100 80GB HBM3", ("H100", "H200", "H800")
-"""A kind of device with a table, and names of others with the same multiprocessors, which take its blocks while
-they have no table of their own."""
+"""A kind of device with a table, and names of others with the same multiprocessors, which take its blocks
+while they have no table of their own."""
 FOLDER_VARIABLE = "SVSK_TUNED_KERNELS"
 """Of the environment: a folder whose tables go before these."""
 
