@@ -134,12 +134,10 @@ def decode(tiny: bool, report: Callable[..., None]) -> None:
     alone: dict[int, tuple[float, jax.Array]] = {}
     for devices in counts(tiny):
         model = on_devices(tiny, None, devices)
-        boxes = boxes_of(model, report)
+        ways = ways_of(model, report)
         report(devices=devices, made=True)
-        ways: dict[str, PeerBoxes | None] = {} if boxes is None else {BOXES: boxes}
-        cases = [(way, held, batch) for way, held in (ways | {"XLA": None}).items() for batch in batches]
-        for way, held, batch in cases:
-            ms = 1e3 * median_seconds(burst(model, batch, tiny, held)) / steps.BURST
+        for way, batch in itertools.product(ways, batches):
+            ms = 1e3 * median_seconds(burst(model, batch, tiny, ways[way])) / steps.BURST
             if devices == 1:
                 alone[batch] = ms, logits(model, batch, tiny, None)
             report(
@@ -151,7 +149,8 @@ def decode(tiny: bool, report: Callable[..., None]) -> None:
                 times_one_device=alone[batch][0] / ms,
             )
             if devices > 1:
-                compare(devices, way, batch, logits(model, batch, tiny, held), alone[batch][1], report)
+                found = logits(model, batch, tiny, ways[way])
+                compare(devices, way, batch, found, alone[batch][1], report)
         del model
 
 
@@ -163,6 +162,12 @@ def boxes_of(model: Model, report: Callable[..., None]) -> PeerBoxes | None:
         report(devices=model.mesh.size, way=BOXES, impossible=reason)
         return None
     return PeerBoxes(model.mesh)
+
+
+def ways_of(model: Model, report: Callable[..., None]) -> dict[str, PeerBoxes | None]:
+    """Ways to add up, with what each takes."""
+    boxes = boxes_of(model, report)
+    return ({} if boxes is None else {BOXES: boxes}) | {"XLA": None}
 
 
 def compare(
@@ -202,9 +207,7 @@ def kernels(tiny: bool, report: Callable[..., None]) -> None:
     """Device time of a token on one and on two devices, by kernel, without CUDA graphs."""
     for devices in counts(tiny)[:2]:
         model = on_devices(tiny, FEW_LAYERS, devices)
-        boxes = boxes_of(model, report)
-        ways: dict[str, PeerBoxes | None] = {} if boxes is None else {BOXES: boxes}
-        ways |= {"XLA": None}
+        ways = ways_of(model, report)
         for way, batch in itertools.product(ways, (1,) if tiny else (1, 16)):
             call = burst(model, batch, tiny, ways[way])
             if tiny:

@@ -22,14 +22,14 @@ import argparse
 import datetime
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from benchmarks.scale.children import status_of
 
 SECONDS = {
     "decode": 300,
@@ -54,16 +54,10 @@ def run_process(part: str, folder: Path, tiny: bool, seconds: float) -> None:
         environment["JAX_PLATFORMS"] = "cpu"
     command = [sys.executable, "-m", "benchmarks.scale.multi_gpu", "--output", str(folder), "--within", part]
     command += ["--tiny"] if tiny else []
-    # A group of its own: what a part starts ends with it.
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
-    try:
-        status = process.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    status = status_of(command, environment, seconds)
+    if status is None:
         write(folder, {"part": part, "error": f"not done after {seconds:.0f} s"})
-        return
-    if status:
+    elif status:
         write(folder, {"part": part, "error": f"ended with status {status}"})
 
 

@@ -22,8 +22,6 @@ import datetime
 import json
 import os
 import platform
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,6 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.scale.children import status_of
 from benchmarks.scale.meter import Meter
 from benchmarks.scale.pinned import pin
 from benchmarks.scale.stages_report import markdown
@@ -171,15 +170,7 @@ def run(process: str, settings: Settings, folder: Path, seconds: float) -> dict[
     command += ["--within", process, json.dumps(dataclasses.asdict(settings))]
     # A checkpoint is written by numpy.
     environment = os.environ | ({"JAX_PLATFORMS": "cpu"} if process == "model" else {})
-    child = subprocess.Popen(command, env=environment, start_new_session=True)
-    try:
-        status = child.wait(timeout=max(seconds, 1))
-    except BaseException as error:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-        if not isinstance(error, subprocess.TimeoutExpired):
-            raise
-        status = None
+    status = status_of(command, environment, max(seconds, 1))
     path = folder / f"{process}.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"done": process == "model"}
     if status != 0:

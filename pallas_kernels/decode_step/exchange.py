@@ -89,9 +89,10 @@ add.u64 box, box, {LARGEST * WORD};"""
 def over_devices(ref: Refs, numbers: jax.Array, index: jax.Array) -> jax.Array:
     """Within a kernel: the sum over all devices of numbers, the same on each of them. Each device must get
     there, at the same turn, with numbers of the same indices, or those that do lose patience and have NaN.
+    The turn after it goes to `next`.
 
     Args:
-        ref: fields of `Boxes`.
+        ref: fields of `Boxes`, and `next`.
         numbers: f32, of this device.
         index: int32, of each number's word, below `LARGEST`. Programs that share one have the same number.
     """
@@ -107,4 +108,5 @@ def over_devices(ref: Refs, numbers: jax.Array, index: jax.Array) -> jax.Array:
         pack=1,
         result_shape_dtypes=[jax.ShapeDtypeStruct(numbers.shape, jnp.float32)],
     )
+    plgpu.store(ref["next"].at[first], turn + 1)
     return total

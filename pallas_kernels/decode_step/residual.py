@@ -53,7 +53,6 @@ def _work(ref: Refs, superblock: jax.Array, row: jax.Array, *, product: Product 
         y = finished(ref, product, item, starts(superblock * WIDTH, PLANES, PLANE), PLANE)
         if "turn" in ref:
             y = over_devices(ref, y, item * (ref["squares"].shape[1] * WIDTH) + column)
-            plgpu.store(ref["next"].at[jnp.int32(0)], plgpu.load(ref["turn"].at[jnp.int32(0)]) + 1)
         x = jnp.where(inside, x + biased(ref, y, column, inside), 0.0)
     scale = plgpu.load(ref["scale"].at[column], mask=inside, other=0).astype(jnp.float32)
     scaled = jnp.where(row < tokens, x * scale, 0.0)
