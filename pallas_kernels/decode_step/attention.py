@@ -1,7 +1,7 @@
 """The Triton kernel of attention, from the query, key and value product on: positions of the cache are split
 over programs, and the last of them to come joins what they found."""
 
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_step.heads import Heads, finished_heads
+from pallas_kernels.decode_step.heads import Heads, finishing_heads
 from pallas_kernels.decode_step.launch import launch
 from pallas_kernels.decode_step.product import WIDTH, Product, plane_columns, starts
 from pallas_kernels.svsk_matmul.layout import ceil_div
 from pallas_kernels.svsk_matmul.triton_layout import PLANE
 from pallas_kernels.svsk_matmul.triton_operands import Refs, abstract
+from pallas_kernels.svsk_matmul.triton_planes import fma_f32
 from pallas_kernels.svsk_matmul.triton_prepare import PLANES, Prepared, abstract_prepared, store_superblock
 
 NAME = "svsk_attend"
@@ -62,10 +63,12 @@ def _attend(
 ) -> None:
     head, split = lax.div(program, jnp.int32(splits)), lax.rem(program, jnp.int32(splits))
     capacity, half, per_key = ref["keys"].shape[1], heads.dim // 2, heads.queries_per_key
-    dtype, rows = ref["keys"].dtype, max(MOST_QUERIES, heads.rows)
-    lane = lax.broadcasted_iota(jnp.int32, (half,), 0)
+    dtype, rows, key_row = ref["keys"].dtype, heads.rows, heads.key_row
     # The new position is at `slot`; those before it are read from the cache.
     length = plgpu.load(ref["lengths"].at[item])
+    finish = finishing_heads(
+        ref, head, item, product=product, heads=heads, columns=columns, eps=eps, asm=not interpret
+    )
     slot = jnp.minimum(length, capacity - 1)
     begin = jnp.maximum(length + 1 - window, 0)
     size = POSITIONS * lax.div(slot - begin + (POSITIONS * splits - 1), jnp.int32(POSITIONS * splits))
@@ -83,52 +86,52 @@ def _attend(
 
     # Under way while the heads are made.
     first = block(start)
-    made = finished_heads(ref, head, item, product=product, heads=heads, columns=columns, eps=eps)
-    made = tuple(each.astype(dtype) for each in made)
-
-    def one_row(index):
-        row = lax.broadcasted_iota(jnp.int32, made[0].shape, 0)
-        return tuple(jnp.sum(jnp.where(row == index, each.astype(jnp.float32), 0.0), axis=0) for each in made)
-
-    key, value = one_row(heads.key_row), one_row(heads.key_row + 1)
+    scale = jnp.float32(heads.dim**-0.5)
+    made = finish()
+    queries = tuple(each.astype(dtype).T for each in made)
     is_last = split == splits - 1
 
-    @pl.when(is_last)
-    def _():
-        for name, pair in (("new_keys", key), ("new_values", value)):
-            for side, each in zip((0, half), pair, strict=True):
-                plgpu.store(ref[name].at[item, slot, head, side + lane], each.astype(dtype))
+    def new_position():
+        """It is written into the cache, and read from there by the threads that need it."""
+        row, lane = (lax.broadcasted_iota(jnp.int32, made[0].shape, axis) for axis in range(2))
+        for name, place in (("new_keys", key_row), ("new_values", key_row + 1)):
+            for side, each in zip((0, half), made, strict=True):
+                # In interpret mode a masked store writes all it is given, and these share an index.
+                one = jnp.sum(jnp.where(row == place, each, 0.0), axis=0) if interpret else each
+                mask = None if interpret else row == place
+                column = side + (lane[0] if interpret else lane)
+                plgpu.store(ref[name].at[item, slot, head, column], one.astype(dtype), mask=mask)
+        if not interpret:
+            plgpu.debug_barrier()
+        own = jnp.zeros((rows,), jnp.float32)
+        for side, each in zip((0, half), made, strict=True):
+            key = plgpu.load(ref["new_keys"].at[item, slot, head, side + lane])
+            query = each.astype(dtype).astype(jnp.float32)
+            own += jnp.sum(query * key.astype(jnp.float32), axis=1)
+        lane = lax.broadcasted_iota(jnp.int32, (half, rows), 0)
+        values = (plgpu.load(ref["new_values"].at[item, slot, head, side + lane]) for side in (0, half))
+        return *(value.astype(jnp.float32) for value in values), own * scale, jnp.ones((rows,), jnp.float32)
 
-    # As many rows as a tensor-core product takes: the heads again and again.
-    def tall(each):
-        several = (rows // heads.rows, heads.rows, half)
-        return jnp.broadcast_to(each[None], several).reshape(rows, half)
-
-    queries = tuple(tall(each) for each in made)
-    scale = jnp.float32(heads.dim**-0.5)
+    def nothing():
+        empty = jnp.zeros((half, rows), jnp.float32)
+        return empty, empty, jnp.full((rows,), NOTHING), jnp.zeros((rows,), jnp.float32)
 
     def some(carry, position, block):
+        """Positions down, queries across."""
         low, high, most, weight = carry
-        score = (plgpu.dot(queries[0], block[0].T) + plgpu.dot(queries[1], block[1].T)) * scale
-        inside = position + lax.broadcasted_iota(jnp.int32, score.shape, 1) < stop
+        score = (plgpu.dot(block[0], queries[0]) + plgpu.dot(block[1], queries[1])) * scale
+        inside = position + lax.broadcasted_iota(jnp.int32, score.shape, 0) < stop
         score = jnp.where(inside, score, NOTHING)
-        larger = jnp.maximum(most, jnp.max(score, axis=1))
-        p = jnp.where(inside, jnp.exp(score - larger[:, None]), 0.0)
+        larger = jnp.maximum(most, jnp.max(score, axis=0))
+        p = jnp.where(inside, jnp.exp(score - larger[None, :]), 0.0)
         shrink = jnp.exp(most - larger)
         low, high = (
-            total * shrink[:, None] + plgpu.dot(p.astype(dtype), values)
+            total * shrink[None, :] + plgpu.dot(values.T, p.astype(dtype))
             for total, values in zip((low, high), block[2:], strict=True)
         )
-        return low, high, larger, weight * shrink + jnp.sum(p, axis=1)
+        return low, high, larger, weight * shrink + jnp.sum(p, axis=0)
 
-    own = sum(q.astype(jnp.float32) * k[None, :] for q, k in zip(queries, key, strict=True))
-    own = jnp.sum(own, axis=1) * scale
-    carry = (
-        *(jnp.where(is_last, jnp.broadcast_to(v[None, :], (rows, half)), 0.0) for v in value),
-        jnp.where(is_last, own, NOTHING),
-        jnp.where(is_last, jnp.ones((rows,), jnp.float32), 0.0),
-    )
-    carry = some(carry, start, first)
+    carry = some(lax.cond(is_last, new_position, nothing), start, first)
     blocks = lax.div(jnp.maximum(stop - start, 0) + (POSITIONS - 1), jnp.int32(POSITIONS))
 
     def further(i, carry):
@@ -136,11 +139,11 @@ def _attend(
         return some(carry, position, block(position))
 
     *totals, most, weight = lax.fori_loop(1, blocks, further, carry)
-    row = lax.broadcasted_iota(jnp.int32, (rows, half), 0)
-    column = lax.broadcasted_iota(jnp.int32, (rows, half), 1)
+    lane = lax.broadcasted_iota(jnp.int32, (half, rows), 0)
+    query = lax.broadcasted_iota(jnp.int32, (half, rows), 1)
     for side, total in zip((0, half), totals, strict=True):
-        index = (item, head * per_key + row, split, side + column)
-        plgpu.store(ref["sums"].at[index], total, mask=row < per_key)
+        index = (item, head * per_key + query, split, side + lane)
+        plgpu.store(ref["sums"].at[index], total, mask=query < per_key)
     one = lax.broadcasted_iota(jnp.int32, (rows,), 0)
     for name, each in (("most", most), ("weight", weight)):
         plgpu.store(ref[name].at[item, head * per_key + one, split], each, mask=one < per_key)
@@ -156,31 +159,33 @@ def _attend(
     @pl.when(before == together * splits - 1)
     def _():
         count = ceil_div(together * per_key * heads.dim, WIDTH)
-        for start in range(0, count, 2):
-            superblocks = [group * count + each for each in range(start, min(start + 2, count))]
-            joined = [_joined(ref, superblock, item) for superblock in superblocks]
-            for superblock, total in zip(superblocks, joined, strict=True):
-                store_superblock(ref["small"], ref["unit"], item, superblock, total)
+        joined = [_joined(ref, group * count + each, item, asm=not interpret) for each in range(count)]
+        for each, total in enumerate(joined):
+            store_superblock(ref["small"], ref["unit"], item, group * count + each, total)
         plgpu.store(ref["arrivals"].at[item, group], jnp.int32(0))
 
 
-def _joined(ref: Refs, superblock: jax.Array, item: jax.Array) -> jax.Array:
+def _joined(ref: Refs, superblock: jax.Array, item: jax.Array, *, asm: bool) -> jax.Array:
     """Of all splits, f32 [4, 64]."""
     _, heads, splits, dim = ref["sums"].shape
     first = starts(superblock * WIDTH, PLANES, PLANE)
     head, inside = lax.div(first, jnp.int32(dim)), first < heads * dim
-    split = lax.broadcasted_iota(jnp.int32, (PLANES, splits), 1)
-    per_split = (item, jnp.broadcast_to(head, split.shape), split)
-    inside_split = jnp.broadcast_to(inside, split.shape)
-    most = plgpu.load(ref["most"].at[per_split], mask=inside_split, other=NOTHING)
-    weight = plgpu.load(ref["weight"].at[per_split], mask=inside_split, other=0.0)
-    factor = jnp.exp(most - jnp.max(most, axis=1)[:, None])
-    factor /= jnp.maximum(jnp.sum(factor * weight, axis=1), 1e-30)[:, None]
-    shape = (PLANES, splits, PLANE)
-    lane = lax.rem(first, jnp.int32(dim))[:, :, None] + lax.broadcasted_iota(jnp.int32, shape, 2)
-    index = (item, jnp.broadcast_to(head[:, :, None], shape), lax.broadcasted_iota(jnp.int32, shape, 1), lane)
-    mask = jnp.broadcast_to(inside[:, :, None], shape)
-    total = jnp.sum(plgpu.load(ref["sums"].at[index], mask=mask, other=0.0) * factor[:, :, None], axis=1)
+    lane = lax.rem(first, jnp.int32(dim)) + lax.broadcasted_iota(jnp.int32, (PLANES, PLANE), 1)
+    at, mask = jnp.broadcast_to(head, lane.shape), jnp.broadcast_to(inside, lane.shape)
+
+    def loaded(split):
+        sums = plgpu.load(ref["sums"].at[item, at, split, lane], mask=mask, other=0.0)
+        most = plgpu.load(ref["most"].at[item, head, split], mask=inside, other=NOTHING)
+        return sums, most, plgpu.load(ref["weight"].at[item, head, split], mask=inside, other=0.0)
+
+    sums, most, weights = zip(*(loaded(jnp.int32(split)) for split in range(splits)), strict=True)
+    largest = reduce(jnp.maximum, most)
+    total, weight = jnp.zeros(lane.shape, jnp.float32), jnp.zeros(head.shape, jnp.float32)
+    for split in range(splits):
+        factor = jnp.exp(most[split] - largest)
+        weight = fma_f32(factor, weights[split], weight, asm=asm)
+        total = fma_f32(jnp.broadcast_to(factor, total.shape), sums[split], total, asm=asm)
+    total = total / jnp.maximum(weight, 1e-30)
     return jnp.where(plane_columns(superblock) < heads * dim, total, 0.0)
 
 

@@ -4,7 +4,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels.decode_step.launch import launch
 from pallas_kernels.decode_step.product import (
@@ -12,9 +11,11 @@ from pallas_kernels.decode_step.product import (
     WIDTH,
     Product,
     biased,
-    finished,
+    finishing,
     inverse_rms,
+    load_squares,
     plane_columns,
+    starts,
 )
 from pallas_kernels.svsk_matmul.layout import ceil_div
 from pallas_kernels.svsk_matmul.triton_layout import PLANE, padded
@@ -33,18 +34,16 @@ def _work(
     product: Product,
     columns: int,
     eps: float,
+    interpret: bool,
 ) -> None:
     width = product.weight.rows[0]
     column = plane_columns(superblock)
     inside = column < width
-    norm = inverse_rms(ref["squares"], item, columns, eps)
-    # Gate and up at once, 4 blocks of 64 rows each. Beyond the gate's padded rows lie the first of up: what
-    # is read of them is masked below.
-    block = lax.broadcasted_iota(jnp.int32, (2 * PLANES, 1), 0)
-    first = superblock * WIDTH + (block % PLANES) * PLANE + (block // PLANES) * padded(width)
-    both = finished(ref, product, item, first, PLANE).reshape(2, PLANES, PLANE) * norm
-    is_up = lax.broadcasted_iota(jnp.int32, both.shape, 0) == 1
-    gate, up = jnp.sum(jnp.where(is_up, 0.0, both), axis=0), jnp.sum(jnp.where(is_up, both, 0.0), axis=0)
+    # Beyond the gate's padded rows lie the first of up: what is read of them is masked below.
+    rows = [starts(first + superblock * WIDTH, PLANES, PLANE) for first in (0, padded(width))]
+    finish = finishing(ref, product, item, rows, PLANE, asm=not interpret)
+    squares = load_squares(ref, item)
+    gate, up = (y * inverse_rms(squares, columns, eps) for y in finish())
     gate, up = biased(ref, gate, column, inside), biased(ref, up, width + column, inside)
     hidden = jnp.where(inside, gate * up / (1 + jnp.exp(-gate)), 0.0)
     store_superblock(ref["values"], ref["unit"], item, superblock, hidden)
@@ -73,7 +72,7 @@ def finish_gated(
     operands = {"squares": squares, **product.operands}
     shapes = abstract_prepared(m, superblocks)._asdict()
     values, unit = launch(
-        partial(_work, product=abstract(product), columns=columns, eps=eps),
+        partial(_work, product=abstract(product), columns=columns, eps=eps, interpret=interpret),
         NAME,
         operands,
         shapes,

@@ -1,8 +1,8 @@
 """An unfinished product y = x Ŵᵀ of a decode step, and what the kernels that finish it share."""
 
 import dataclasses
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.svsk_matmul import triton_decode, triton_rows
 from pallas_kernels.svsk_matmul.triton_layout import PLANE, ROW_UNIT, TritonWeight
 from pallas_kernels.svsk_matmul.triton_operands import Refs
+from pallas_kernels.svsk_matmul.triton_planes import fma_f32
 from pallas_kernels.svsk_matmul.triton_prepare import PLANES, Prepared
 from pallas_kernels.svsk_matmul.tuning import batch_of, configuration
 from pallas_kernels.svsk_matmul.types import Leaf
@@ -79,79 +80,107 @@ def starts(first: jax.Array | int, height: int, width: int) -> jax.Array:
     return first + lax.broadcasted_iota(jnp.int32, (height, 1), 0) * width
 
 
-def inverse_rms(ref: Any, item: jax.Array, columns: int, eps: float) -> jax.Array:
-    """Within a kernel: 1 / √(mean(x²) + ε) from the sums of squares of a `Residual`."""
-    blocks = ref.shape[1]
+def load_squares(ref: Refs, item: jax.Array) -> jax.Array:
+    """Within a kernel: the sums of squares of a `Residual`, and zeros."""
+    blocks = ref["squares"].shape[1]
     index = lax.broadcasted_iota(jnp.int32, (1 << (blocks - 1).bit_length(),), 0)
-    squares = plgpu.load(ref.at[item, index], mask=index < blocks, other=0.0)
+    return plgpu.load(ref["squares"].at[item, index], mask=index < blocks, other=0.0)
+
+
+def inverse_rms(squares: jax.Array, columns: int, eps: float) -> jax.Array:
+    """1 / √(mean(x²) + ε) from `load_squares`."""
     return lax.rsqrt(jnp.sum(squares) / columns + eps)
 
 
-def finished(ref: Refs, product: Product, item: jax.Array, start: jax.Array, width: int) -> jax.Array:
-    """Within a kernel: rows of y of one row of x, without bias, f32 [h, width].
+def finishing(
+    ref: Refs, product: Product, item: jax.Array, starts: Sequence[jax.Array], width: int, *, asm: bool
+) -> Callable[[], list[jax.Array]]:
+    """Within a kernel: begin to load rows of y of one row of x, and return what finishes them: without bias,
+    f32 [h, width] for each of `starts`. What is loaded between is on its way at the same time.
 
     Args:
         ref: the product's operands.
         product: its shapes.
         item: which row of x.
-        start: int32 [h, 1], the first of each `width` rows, which lie within one unit of 64. From the padded
+        starts: int32 [h, 1], the first of each `width` rows, which lie within one unit of 64. From the padded
             rows of the weight on there are zeros.
         width: of rows.
+        asm: inline assembly.
     """
-    parts, height, padded_rows = product.parts.shape[0], start.shape[0], product.weight.padded_rows
-    alive = start < padded_rows
-    row = start + lax.broadcasted_iota(jnp.int32, (height, width), 1)
+    padded_rows = product.weight.padded_rows
 
     def loaded(row: jax.Array, mask: jax.Array) -> list[jax.Array]:
         return [
             plgpu.load(ref["parts"].at[jnp.int32(part), item, row], mask=mask, other=0.0)
-            for part in range(parts)
+            for part in range(product.parts.shape[0])
         ]
 
-    def summed(row: jax.Array, mask: jax.Array) -> jax.Array:
-        values = loaded(row, mask)
+    def summed(values: list[jax.Array]) -> jax.Array:
         return sum(values[1:], values[0])
 
-    y = summed(row, jnp.broadcast_to(alive, row.shape))
-    if "u" not in ref:
-        return y
-    unit = lax.div(start, jnp.int32(ROW_UNIT))
-    # Known to be zero, it lets U be loaded 16 bytes at a time.
-    below = jnp.zeros_like(start) if width == ROW_UNIT else lax.rem(start, jnp.int32(ROW_UNIT))
-    first, count, begin = (
-        plgpu.load(ref["ranges"].at[unit, jnp.int32(i)], mask=alive, other=0) for i in range(3)
-    )
+    found, units = [], []
+    for start in starts:
+        alive = start < padded_rows
+        row = start + lax.broadcasted_iota(jnp.int32, (start.shape[0], width), 1)
+        found.append(loaded(row, jnp.broadcast_to(alive, row.shape)))
+        if "u" in ref:
+            unit = lax.div(start, jnp.int32(ROW_UNIT))
+            units.append(
+                [plgpu.load(ref["ranges"].at[unit, jnp.int32(i)], mask=alive, other=0) for i in range(3)]
+            )
 
-    def some_at_once(i, y):
-        here = i * RANKS + lax.broadcasted_iota(jnp.int32, (height, RANKS), 1)
+    def below(start: jax.Array) -> jax.Array:
+        # Known to be zero, it lets U be loaded 16 bytes at a time.
+        return jnp.zeros_like(start) if width == ROW_UNIT else lax.rem(start, jnp.int32(ROW_UNIT))
+
+    def at_once(i, y, start, first, count, begin):
+        here = i * RANKS + lax.broadcasted_iota(jnp.int32, (start.shape[0], RANKS), 1)
         alive = here < count
         scale = plgpu.load(ref["v_scale"].at[first + here], mask=alive, other=0.0)
-        t = summed(padded_rows + first + here, alive) * scale
-        shape = (height, width, RANKS)
-        u_row = below[:, :, None] + lax.broadcasted_iota(jnp.int32, shape, 1)
+        t = summed(loaded(padded_rows + first + here, alive)) * scale
+        shape = (*y.shape, RANKS)
+        u_row = below(start)[:, :, None] + lax.broadcasted_iota(jnp.int32, shape, 1)
         rank = i * RANKS + lax.broadcasted_iota(jnp.int32, shape, 2)
         mask = rank < count[:, :, None]
         u = plgpu.load(ref["u"].at[begin[:, :, None] + rank, u_row], mask=mask, other=0)
         return y + jnp.sum(t[:, None, :] * u.astype(jnp.float32), axis=2)
 
-    def some_by_rank(i, y):
-        u_row = below + lax.broadcasted_iota(jnp.int32, (height, width), 1)
-        factors = []
-        for each in range(RANKS):
-            here = i * RANKS + each
-            alive = here < count
-            index = jnp.broadcast_to(begin + here, u_row.shape), u_row
-            u = plgpu.load(ref["u"].at[index], mask=jnp.broadcast_to(alive, u_row.shape), other=0)
-            scale = plgpu.load(ref["v_scale"].at[first + here], mask=alive, other=0.0)
-            factors.append((u, scale, loaded(padded_rows + first + here, alive)))
-        # All loads come before the first sum.
-        for u, scale, values in factors:
-            y += sum(values[1:], values[0]) * scale * u.astype(jnp.float32)
-        return y
+    def term(here, y, start, first, count, begin):
+        u_row = below(start) + lax.broadcasted_iota(jnp.int32, y.shape, 1)
+        alive = here < count
+        index = jnp.broadcast_to(begin + here, u_row.shape), u_row
+        u = plgpu.load(ref["u"].at[index], mask=jnp.broadcast_to(alive, u_row.shape), other=0)
+        scale = plgpu.load(ref["v_scale"].at[first + here], mask=alive, other=0.0)
+        return u, scale, loaded(padded_rows + first + here, alive)
 
-    # The sum at once goes through shuffles, more than it saves in loads of V x for each row.
-    some = some_at_once if height <= AT_ONCE else some_by_rank
-    return lax.fori_loop(0, lax.div(jnp.max(count) + (RANKS - 1), jnp.int32(RANKS)), some, y)
+    def by_rank(i, ys):
+        # All loads come before the first sum.
+        every = [
+            [term(i * RANKS + rank, y, start, *unit) for rank in range(RANKS)]
+            for y, start, unit in zip(ys, starts, units, strict=True)
+        ]
+        sums = []
+        for y, terms in zip(ys, every, strict=True):
+            for u, scale, values in terms:
+                t = jnp.broadcast_to(summed(values) * scale, y.shape)
+                y = fma_f32(t, u.astype(jnp.float32), y, asm=asm)
+            sums.append(y)
+        return sums
+
+    def some(i, ys):
+        # The sum at once goes through shuffles, more than it saves in loads of V x for each row.
+        if len(ys) == 1 and len(ys[0]) <= AT_ONCE:
+            return [at_once(i, ys[0], starts[0], *units[0])]
+        return by_rank(i, ys)
+
+    def finish() -> list[jax.Array]:
+        ys = [summed(values) for values in found]
+        if not units:
+            return ys
+        most = jnp.max(reduce(jnp.maximum, (count for _, count, _ in units)))
+        return lax.fori_loop(0, lax.div(most + (RANKS - 1), jnp.int32(RANKS)), some, ys)
+
+    return finish
 
 
 def biased(ref: Refs, y: jax.Array, column: jax.Array, mask: jax.Array | None = None) -> jax.Array:

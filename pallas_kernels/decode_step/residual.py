@@ -17,7 +17,7 @@ from pallas_kernels.decode_step.product import (
     WIDTH,
     Product,
     biased,
-    finished,
+    finishing,
     plane_columns,
     starts,
 )
@@ -42,19 +42,25 @@ class Residual(NamedTuple):
     what is made of it: W (x · scale) / rms = W norm(x)."""
 
 
-def _work(ref: Refs, superblock: jax.Array, row: jax.Array, *, product: Product | None) -> None:
+def _work(
+    ref: Refs, superblock: jax.Array, row: jax.Array, *, product: Product | None, interpret: bool
+) -> None:
     tokens, columns = ref["x"].shape
     # Rows that only fill up the next product's batch are zero.
     item = jnp.minimum(row, tokens - 1)
     column = plane_columns(superblock)
     inside = column < columns
-    x = plgpu.load(ref["x"].at[item, column], mask=inside, other=0).astype(jnp.float32)
+    finish = None
     if product is not None:
-        y = finished(ref, product, item, starts(superblock * WIDTH, PLANES, PLANE), PLANE)
+        rows = [starts(superblock * WIDTH, PLANES, PLANE)]
+        finish = finishing(ref, product, item, rows, PLANE, asm=not interpret)
+    x = plgpu.load(ref["x"].at[item, column], mask=inside, other=0).astype(jnp.float32)
+    scale = plgpu.load(ref["scale"].at[column], mask=inside, other=0).astype(jnp.float32)
+    if finish is not None:
+        [y] = finish()
         if "turn" in ref:
             y = over_devices(ref, y, item * (ref["squares"].shape[1] * WIDTH) + column)
         x = jnp.where(inside, x + biased(ref, y, column, inside), 0.0)
-    scale = plgpu.load(ref["scale"].at[column], mask=inside, other=0).astype(jnp.float32)
     scaled = jnp.where(row < tokens, x * scale, 0.0)
     store_superblock(ref["values"], ref["unit"], row, superblock, scaled)
 
@@ -109,7 +115,7 @@ def finish_residual(
         **({"next": jax.ShapeDtypeStruct((1,), jnp.int32)} if sums is not None else {}),
     }
     out, squares, values, unit, *turn = launch(
-        partial(_work, product=None if product is None else abstract(product)),
+        partial(_work, product=None if product is None else abstract(product), interpret=interpret),
         NAME,
         operands,
         shapes,
