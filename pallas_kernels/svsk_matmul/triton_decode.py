@@ -83,7 +83,7 @@ def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, rows: int, supe
             b = first + i
             # A superblock ahead, so that their way from memory is spent on products.
             ahead = super_at(jnp.minimum(b + 1, last))
-            words = plgpu.load(ref["words"].at[(*at, row, pl.ds(b * PLANE, PLANE))])
+            words = plgpu.load(ref["words"].at[(*at, b, row, pl.ds(0, PLANE))])
             small = plgpu.load(ref["scales"].at[(*at, b, *scale_index)])
             small = small_to_f16(small) if weight.super_scales is not None else small
             sums = jnp.zeros((rows, SPREAD), jnp.float32)

@@ -33,7 +33,8 @@ class TritonWeight:
 
     With K padded to B superblocks of 256 columns, and the rows of each weight padded to a multiple of 64, N
     in all (padding has scale zero):
-    - `words`: int16 [N, 64 B]. Nibble j of word c of superblock b is the code of column 256 b + 64 j + c.
+    - `words`: int16 [B, N, 64]. Nibble j of word c of superblock b is the code of column 256 b + 64 j + c.
+      What a program reads at a time lies together.
     - `scales` [B, N, G], G = 256 / group: int8 with `super_scales` f16 [B, N], or f16 without. The group of
       columns 64 j + group · q of a superblock is at (j // 2) · (G / 2) + 2 q + j % 2. Flat groups of 64 are
       stored as pairs of 32.
@@ -134,7 +135,7 @@ def lay_out(weights: SVSKWeight | Sequence[SVSKWeight]) -> TritonWeight:
     parts = [_base(weight, group=group, companded=companded) for weight in bare]
     words, scales, constants = (
         jnp.concatenate(each, axis=axis)
-        for each, axis in zip(zip(*[part[:3] for part in parts], strict=True), (0, 1, 0), strict=True)
+        for each, axis in zip(zip(*[part[:3] for part in parts], strict=True), (1, 1, 0), strict=True)
     )
     two_level = kinds == {"two_level"}
     supers = jnp.concatenate([part[3] for part in parts], axis=1) if two_level else None
@@ -164,7 +165,7 @@ def _base(weight: SVSKWeight, *, group: int, companded: bool) -> tuple[jax.Array
     codes = pad_axis(pad_axis(unpack_codes(weight.codes, k), 1, SUPERBLOCK), 0, ROW_UNIT)
     planes = codes.reshape(codes.shape[0], -1, 4, PLANE).astype(jnp.uint16)
     words = planes[:, :, 0] | planes[:, :, 1] << 4 | planes[:, :, 2] << 8 | planes[:, :, 3] << 12
-    words = jax.lax.bitcast_convert_type(words.reshape(codes.shape[0], -1), jnp.int16)
+    words = jax.lax.bitcast_convert_type(jnp.swapaxes(words, 0, 1), jnp.int16)
 
     groups = ceil_div(k, weight.group)
     small = weight.scales if weight.super_scales is None else unpack_int6(weight.scales, groups)

@@ -8,7 +8,6 @@ from pallas_kernels.svsk_matmul.layout import expand_groups
 from pallas_kernels.svsk_matmul.triton import without_padding
 from pallas_kernels.svsk_matmul.triton_int8 import TritonInt8Weight, take_rows
 from pallas_kernels.svsk_matmul.triton_layout import (
-    PLANE,
     ROW_UNIT,
     SUPERBLOCK,
     UNIT,
@@ -22,7 +21,7 @@ def restore(weight: TritonWeight | TritonInt8Weight) -> Float[Array, "n k"]:
     if isinstance(weight, TritonInt8Weight):
         return take_rows(weight, jnp.arange(weight.shape[0]), jnp.float32)
     n, blocks, half = weight.padded_rows, weight.superblocks, weight.scales.shape[-1] // 2
-    words = lax.bitcast_convert_type(weight.words, jnp.uint16).reshape(n, blocks, 1, PLANE)
+    words = lax.bitcast_convert_type(weight.words, jnp.uint16).swapaxes(0, 1)[:, :, None]
     shifts = jnp.asarray([0, 4, 8, 12], jnp.uint16)[:, None]
     codes = ((words >> shifts) & 15).astype(jnp.float32).reshape(n, blocks * SUPERBLOCK)
     # [b, n, j // 2, q, j % 2] → [n, b, j, q]

@@ -37,7 +37,7 @@ def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, asm: bool):
     block, b = pl.program_id(0), pl.program_id(1)
     row = pl.ds(block * ROW_UNIT, ROW_UNIT)
     shape = (ROW_UNIT, PLANE)
-    words = plgpu.load(ref["words"].at[(*at, row, pl.ds(b * PLANE, PLANE))])
+    words = plgpu.load(ref["words"].at[(*at, b, row, pl.ds(0, PLANE))])
     codebook, factor = load_codebook(ref, at, block, shape)
     row_index = block * ROW_UNIT + lax.broadcasted_iota(jnp.int32, shape, 0)
     q = lax.broadcasted_iota(jnp.int32, shape, 1) // weight.group

@@ -76,7 +76,7 @@ def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, blocks: Blocks,
                 small = plgpu.load(ref["scales"].at[(*at, b, *scale_index)])
                 small = small_to_f16(small) if weight.super_scales is not None else small
             for q in range(per_plane):
-                words = plgpu.load(ref["words"].at[(*at, row, pl.ds(b * PLANE + q * group, group))])
+                words = plgpu.load(ref["words"].at[(*at, b, row, pl.ds(q * group, group))])
                 for plane in range(4):
                     if weight.companded:
                         level = companded_plane(words, plane, codebook, asm=asm)
