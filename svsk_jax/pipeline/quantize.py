@@ -33,7 +33,7 @@ from svsk_jax.pipeline.compile_ahead import compile_ahead
 from svsk_jax.pipeline.identity import run_identity
 from svsk_jax.pipeline.layer_statistics import statistics_ahead
 from svsk_jax.pipeline.layers import LayerTotals, named, nbytes, on_first_device, quantize_layers
-from svsk_jax.pipeline.memory import Machine, plan_calibration, plan_quantization
+from svsk_jax.pipeline.memory import Machine, plan_quantization, plan_run
 from svsk_jax.pipeline.metadata import origin
 from svsk_jax.pipeline.plan import Plan, drafted, is_measured, layers_ahead, plan_model
 from svsk_jax.pipeline.polish import polish
@@ -133,14 +133,14 @@ def quantize(
     if isinstance(config, Plan):
         config.check_model(source.config)
     refuse_polish(recipe, settings, source.config)
-    calibration = _only_what_is_needed(calibration or CalibrationConfig(), settings)
+    calibration = (calibration or CalibrationConfig()).needed_by(settings)
     machine = Machine.of(mesh, dtype)
-    plan_quantization(source.config, machine, max_memory)
     if statistics is not None:
+        plan_quantization(source.config, machine, max_memory)
         statistics.check_model(source.fingerprint(), source.description)
     else:
         has_text = Run(output).calibration.text.is_file()
-        fits = plan_calibration(source.config, calibration, machine, max_memory, has_text=has_text)
+        fits = plan_run(source.config, calibration, machine, max_memory, has_text=has_text)
         calibration = dataclasses.replace(calibration, batch_tokens=fits.batch_tokens)
     identity = run_identity(source, config, statistics or calibration, recipe=recipe, dtype=dtype)
     budget = predict(parameter_shapes(source.config), quantized_paths(source.config), settings)
@@ -306,15 +306,6 @@ def _polished_errors(
         errors |= named(index, found)
         writer.layer(index, layer, found)
     return errors
-
-
-def _only_what_is_needed(calibration: CalibrationConfig, config: QuantConfig) -> CalibrationConfig:
-    """Leave out what the recipe would not look at."""
-    if not config.needs_full_moments:
-        return dataclasses.replace(calibration, moments="diagonal", fisher="off")
-    if not config.needs_sensitivity:
-        return dataclasses.replace(calibration, fisher="off")
-    return calibration
 
 
 def within(config: QuantConfig, statistics: Statistics) -> QuantConfig:
