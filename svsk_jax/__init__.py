@@ -1,5 +1,10 @@
 """Quantize large language models to about 4.5 bits per weight, and run them, in JAX."""
 
+import logging
+
+# Only its tokenizers are wanted: that torch is not there is no news. It says so when it is first imported.
+logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in str(record.msg))
+
 from svsk_jax.calibration.config import CalibrationConfig
 from svsk_jax.calibration.store import Statistics
 from svsk_jax.evaluation.evaluate import evaluate, evaluate_texts

@@ -16,6 +16,7 @@ from svsk_jax.evaluation.divergence import DivergenceReport, Estimate, TokenDive
 from svsk_jax.evaluation.evaluate import chunk_rows
 from svsk_jax.evaluation.windows import Windows
 from svsk_jax.model import Decoder
+from svsk_jax.model.decoder import Tail
 from svsk_jax.model.parameters import QUANTIZED_LINEARS, parameter_shapes
 from svsk_jax.quant.budget import predict
 from svsk_jax.quant.types import recipe
@@ -25,13 +26,13 @@ BATCH = 4
 
 
 class Reference:
-    """The unquantized model in f32: its head, and its final hidden states over all windows, computed once."""
+    """The unquantized model in f32: its tail, and its final hidden states over all windows, computed once."""
 
     def __init__(self, source: ModelSource, families: Mapping[str, Windows]):
         self.config = source.config
         self.families = families
         self.parameters = load_parameters(source, jnp.float32)
-        self.head = Decoder(self.config, self.parameters, jnp.float32, num_layers=0)
+        self.tail = Tail(self.config, self.parameters)
         model = Decoder(self.config, self.parameters, jnp.float32)
         self.hidden = {
             family: [np.asarray(_hidden_states(model, tokens)) for tokens in _batches(windows)]
@@ -52,7 +53,7 @@ class Reference:
         results = {}
         for family, windows in self.families.items():
             parts = [
-                jax.device_get(_divergence(self.head, jnp.asarray(hidden), model, tokens, chunk=chunk))
+                jax.device_get(_divergence(self.tail, jnp.asarray(hidden), model, tokens, chunk=chunk))
                 for tokens, hidden in zip(_batches(windows), self.hidden[family], strict=True)
             ]
             results[family] = jax.tree.map(lambda *fields: np.concatenate(fields), *parts)
@@ -72,7 +73,7 @@ def _hidden_states(model: Decoder, tokens: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnames="chunk")
 def _divergence(
-    head: Decoder, hidden: jax.Array, model: Decoder, tokens: jax.Array, *, chunk: int
+    tail: Tail, hidden: jax.Array, model: Decoder, tokens: jax.Array, *, chunk: int
 ) -> TokenDivergence:
     """Of the predictions at every position but the last, each field [b (t - 1)].
 
@@ -81,7 +82,7 @@ def _divergence(
 
     def compare(position: tuple[jax.Array, jax.Array, jax.Array]) -> TokenDivergence:
         x_reference, x_model, target = position
-        return token_divergence(head.logits(x_reference), model.logits(x_model), target)
+        return token_divergence(tail.logits(x_reference), model.logits(x_model), target)
 
     width = hidden.shape[-1]
     x = (states[:, :-1].reshape(-1, width) for states in (hidden, model.hidden_states(tokens)))

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from svsk_jax.quant.types import QuantConfig
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CalibrationConfig:
@@ -35,3 +37,9 @@ class CalibrationConfig:
     def measures_sensitivity(self) -> bool:
         """Whether the Fisher pass runs."""
         return self.fisher == "on" and self.moments == "full"
+
+    def needed_by(self, recipe: QuantConfig) -> "CalibrationConfig":
+        """Without what a recipe would not look at."""
+        if not recipe.needs_full_moments:
+            return dataclasses.replace(self, moments="diagonal", fisher="off")
+        return self if recipe.needs_sensitivity else dataclasses.replace(self, fisher="off")

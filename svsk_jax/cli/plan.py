@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import platform
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,8 +17,8 @@ from svsk_jax.cli.memory_flags import MemoryFlags
 from svsk_jax.cli.recipe_flags import RecipeFlags
 from svsk_jax.pipeline import Plan
 from svsk_jax.pipeline.checks import refuse_polish
-from svsk_jax.pipeline.forecast import Forecast, forecast, measured_costs, measured_for
-from svsk_jax.pipeline.memory import Machine, MemoryPlan, plan_calibration, plan_quantization
+from svsk_jax.pipeline.forecast import Forecast, forecast, measured_costs
+from svsk_jax.pipeline.memory import Machine, MemoryPlan, plan_run
 from svsk_jax.pipeline.sizes import Sizes, model_sizes
 
 
@@ -48,12 +47,10 @@ class PlanRun(RecipeFlags, MemoryFlags, Verb):
         sizes = model_sizes(model, recipe)
         kind, machine = jax.devices()[0], Machine.of()
         found = forecast(model, config, self.calibration, measured_costs(kind.platform, self.costs))
-        needed = measured_for(config, self.calibration)
-        calibration = plan_calibration(model, needed, machine, self.limit)
-        peaks = calibration.peaks | plan_quantization(model, machine, self.limit)
+        memory = plan_run(model, self.calibration.needed_by(config), machine, self.limit)
         here = f"{platform.machine()}, {os.cpu_count()} cores, {kind.device_kind}"
         _print(self.model, name, sizes, found, here)
-        _print_memory(calibration, peaks, machine)
+        _print_memory(memory, machine)
         if config.polish:
             console.print(f"{config.polish} steps of polish come on top; their time is not estimated")
         return {
@@ -68,7 +65,7 @@ class PlanRun(RecipeFlags, MemoryFlags, Verb):
             "file_bits_per_weight": sizes.budget.total_bits,
             "bytes_in_memory": sizes.in_memory,
             "estimate": dataclasses.asdict(found),
-            "memory": dataclasses.asdict(calibration) | {"peaks": peaks},
+            "memory": dataclasses.asdict(memory),
             "machine": here,
         }
 
@@ -105,12 +102,12 @@ def _print(model: str, recipe: str, sizes: Sizes, found: Forecast, here: str) ->
         )
 
 
-def _print_memory(plan: MemoryPlan, peaks: Mapping[str, int], machine: Machine) -> None:
+def _print_memory(plan: MemoryPlan, machine: Machine) -> None:
     where = "of the process beyond Python and JAX" if machine.shares_host else "of each device"
     streams = "on the devices" if plan.streams == "devices" else "off the devices"
     console.print(
         f"largest memory {where}: "
-        + ", ".join(f"{stage} {_gigabytes(peak)}" for stage, peak in peaks.items())
+        + ", ".join(f"{stage} {_gigabytes(peak)}" for stage, peak in plan.peaks.items())
         + f"; batches of {plan.batch_tokens} tokens, residual streams {streams}, "
         f"{_gigabytes(plan.store_bytes)} of the host's memory for what lies there"
     )

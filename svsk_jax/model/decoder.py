@@ -88,9 +88,8 @@ class Decoder(nnx.Module):
     matrices may be packed.
 
     A module is a pytree: `jax.jit(lambda model, tokens: model(tokens))` is how to run it. Activations have
-    `dtype`. `num_layers` builds only the first layers, 0 embedding and head alone. With `axis`, the
-    parameters are one device's share of those along that axis of a mesh (`parallel.decoder`), and the module
-    runs under `jax.shard_map`.
+    `dtype`. With `axis`, the parameters are one device's share of those along that axis of a mesh
+    (`parallel.decoder`), and the module runs under `jax.shard_map`.
     """
 
     def __init__(
@@ -99,13 +98,14 @@ class Decoder(nnx.Module):
         parameters: Mapping[str, Any],
         dtype: DTypeLike = jnp.float32,
         *,
-        num_layers: int | None = None,
         axis: str | None = None,
     ):
-        layers = config.num_layers if num_layers is None else num_layers
         self.embedding = Embedding(parameters["embedding.weight"], axis)
         self.layers = nnx.List(
-            [DecoderLayer(config, layer_parameters(parameters, index), axis) for index in range(layers)]
+            [
+                DecoderLayer(config, layer_parameters(parameters, index), axis)
+                for index in range(config.num_layers)
+            ]
         )
         self.final_norm = RMSNorm(parameters["final_norm.scale"], config.rms_norm_eps)
         self.head = None if config.tie_word_embeddings else Linear(parameters["head.weight"])

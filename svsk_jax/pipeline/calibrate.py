@@ -3,12 +3,11 @@
 import dataclasses
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -18,27 +17,20 @@ from svsk_jax.calibration import store
 from svsk_jax.calibration.block_inputs import SPILL, BlockInputs
 from svsk_jax.calibration.chunks import calibration_chunks
 from svsk_jax.calibration.config import CalibrationConfig
-from svsk_jax.calibration.experts import (
-    Starved,
-    describe_starved,
-    moments_by_expert,
-    sensitivities_by_expert,
-)
+from svsk_jax.calibration.experts import describe_starved
 from svsk_jax.calibration.mixture import Chunks, check_chunks
 from svsk_jax.calibration.passes import Walk
-from svsk_jax.calibration.streams import Streams
-from svsk_jax.calibration.walk_state import START, Place, WalkState
 from svsk_jax.model.config import ModelConfig
 from svsk_jax.model.parameters import input_widths, layer_kinds, layer_linears
 from svsk_jax.model.source import ModelSource
 from svsk_jax.parallel import make_mesh
 from svsk_jax.parallel.distributed import agree, barrier, is_lead
-from svsk_jax.parallel.placement import readable
 from svsk_jax.pipeline.allocator import give_back_freed_arrays
 from svsk_jax.pipeline.checks import default_dtype, files_bytes, refuse_packed, require_space
 from svsk_jax.pipeline.identity import calibration_identity
+from svsk_jax.pipeline.measuring import Measuring
 from svsk_jax.pipeline.memory import Machine, MemoryPlan, chunk_length, plan_calibration
-from svsk_jax.pipeline.progress import OnProgress, Progress, Stopwatch
+from svsk_jax.pipeline.progress import OnProgress, Stopwatch
 from svsk_jax.pipeline.run import CalibrationRun, discard, unfinished_run
 from svsk_jax.quant.types import SENSITIVITY_TILE
 from svsk_jax.storage.atomic import recover
@@ -154,18 +146,6 @@ def _measure(
     counts = agree(make_text)
     ids = store.read_tokens(run.made)
     watch.lap("text")
-    layers = source.config.num_layers
-
-    def report(stage: str, done: int) -> None:
-        watch.lap(stage)
-        if on_progress:
-            on_progress(Progress(stage=stage, layer=done, layers=layers))
-
-    state = WalkState(run.walk, jax.process_index(), jax.process_count())
-    begun, starved = agree(lambda: _so_far(run, state, layers))
-    begun = Place(*begun)
-    goes_back = begun.kind == "gradients"
-    full, fisher = calibration.moments == "full", calibration.fisher_chunks
     with (
         OneBehind() as writer,
         BlockInputs(memory.store_bytes, run.folder) as kept,
@@ -174,51 +154,7 @@ def _measure(
         ) as walk,
     ):
         del outer
-
-        def write(how: Callable[..., None], index: int, *found: Any) -> None:
-            whole = readable(found)
-            if is_lead():
-                writer.submit(how, run.made, index, *whole)
-
-        def save(place: Place, streams: Streams) -> None:
-            if state.is_due:
-                writer.finish()
-                state.write(place, streams)
-
-        sensitive = calibration.measures_sensitivity
-        if begun != START:
-            if sensitive:
-                for index in walk.replay(begun.layer, full, kept, fisher):
-                    report("replay", index + 1)
-            rows = state.read(begun, walk.rows_shape, dtype)
-            (walk.gradients if goes_back else walk.streams).restore(rows)
-        first = layers if goes_back else begun.layer
-        for index, found in walk.forwards(full, kept if sensitive else None, fisher, first):
-            moments, few = moments_by_expert(found)
-            starved[f"layers.{index}"] = few
-            write(store.write_moments, index, moments, few)
-            save(Place("streams", index + 1), walk.streams)
-            report("calibrate", index + 1)
-        writer.finish()
-        watch.lap("calibrate")
-        if sensitive:
-            if not goes_back:
-                walk.start_backwards(calibration.seed)
-            for index, of_outputs, of_inputs in walk.backwards(kept, begun.layer if goes_back else layers):
-                sensitivities, few = sensitivities_by_expert(of_outputs)
-                weighted, few_weighted = moments_by_expert(of_inputs)
-                few |= {f"{store.WEIGHTED}{name}": numbers for name, numbers in few_weighted.items()}
-                starved[f"layers.{index}"] |= few
-                write(store.write_sensitivities, index, sensitivities, weighted, few)
-                save(Place("gradients", index), walk.gradients)
-                report("sensitivity", layers - index)
-            writer.finish()
-            watch.lap("sensitivity")
-    in_order = (f"layers.{index}" for index in range(layers))
-    starved = {layer: starved[layer] for layer in in_order if starved[layer]}
-    if starved:
-        assert source.config.mixture is not None
-        warnings.warn(describe_starved(starved, source.config.mixture.num_experts), stacklevel=3)
+        starved = Measuring(run, walk, calibration, kept, writer, watch, on_progress).all()
     text = {
         "calib": {_public_name(name): count for name, count in counts.items()},
         "chunks": ids.shape[0],
@@ -228,6 +164,8 @@ def _measure(
         "seed": calibration.seed,
     }
     if starved:
+        assert source.config.mixture is not None
+        warnings.warn(describe_starved(starved, source.config.mixture.num_experts), stacklevel=3)
         text["pooled_experts"] = starved
     return {
         "model": source.description,
@@ -258,22 +196,6 @@ def _clear_up(run: CalibrationRun) -> None:
             shutil.rmtree(left)
         else:
             left.unlink()
-
-
-def _so_far(run: CalibrationRun, state: WalkState, layers: int) -> tuple[Place, dict[str, Starved]]:
-    """How far a run has come, and the experts that had too few tokens until there, by layer."""
-    place = state.place()
-    goes_back = place.kind == "gradients"
-    measured = range(layers) if goes_back else range(place.layer)
-    try:
-        return place, store.starved_experts(
-            run.made, measured, range(place.layer, layers) if goes_back else ()
-        )
-    except ValueError as error:
-        raise ValueError(
-            f"--resume: a finished layer is damaged ({error}); remove {run.walk}, to measure all of them "
-            "again"
-        ) from error
 
 
 def _public_name(name: str) -> str:

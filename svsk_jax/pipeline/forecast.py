@@ -99,16 +99,9 @@ def forecast(
         calibrate_seconds=calibrate,
         plan_seconds=plan,
         quantize_seconds=quantize,
-        statistics_bytes=statistics_bytes(model, measured_for(config, calibration)),
+        statistics_bytes=statistics_bytes(model, calibration.needed_by(config)),
         costs_of=None if used is None else f"{used['machine']}, {used['date']}",
     )
-
-
-def measured_for(config: QuantConfig, calibration: CalibrationConfig) -> CalibrationConfig:
-    """Without what the recipe would not look at."""
-    if not config.needs_full_moments:
-        return dataclasses.replace(calibration, moments="diagonal", fisher="off")
-    return calibration if config.needs_sensitivity else dataclasses.replace(calibration, fisher="off")
 
 
 def _layer_weights(model: ModelConfig, index: int) -> int:

@@ -89,12 +89,28 @@ class MemoryPlan:
     store_bytes: int
     """Of the host's memory, for the inputs that the Fisher pass walks back through and for streams."""
     peaks: dict[str, int]
-    """Largest memory of each stage in bytes: text (where the model writes some), calibrate, sensitivity."""
+    """Largest memory of each stage in bytes: text (where the model writes some), calibrate, sensitivity; of a
+    whole run also plan and quantize."""
 
 
 def chunk_length(model: ModelConfig, calibration: CalibrationConfig) -> int:
     """Tokens of a chunk."""
     return calibration.chunk_length or min(DEFAULT_CHUNK, model.max_position_embeddings)
+
+
+def plan_run(
+    model: ModelConfig,
+    calibration: CalibrationConfig,
+    machine: Machine,
+    limit: int | None = None,
+    *,
+    has_text: bool = False,
+) -> MemoryPlan:
+    """The plan of a run that calibrates and quantizes, with the peaks of all its stages. Arguments and errors
+    are those of `plan_calibration`; a limit that quantization does not keep within is refused first."""
+    quantization = plan_quantization(model, machine, limit)
+    plan = plan_calibration(model, calibration, machine, limit, has_text=has_text)
+    return dataclasses.replace(plan, peaks=plan.peaks | quantization)
 
 
 def plan_calibration(

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from svsk_jax.model.config import ModelConfig
-from svsk_jax.model.decoder import Decoder, DecoderLayer
+from svsk_jax.model.decoder import DecoderLayer, Tail
 from svsk_jax.model.parameters import QUANTIZED_LINEARS
 from svsk_jax.model.source import ModelSource
 from svsk_jax.pipeline.progress import OnProgress, Progress
@@ -72,7 +72,7 @@ def polish(
     if len(ids) < 2:
         raise ValueError(f"polish: expected at least 2 chunks of calibration text, got {len(ids)}")
     outer = {path: jnp.asarray(value) for path, value in source.outer(dtype).items()}
-    tail = Decoder(source.config, outer, dtype, num_layers=0)
+    tail = Tail(source.config, outer)
     streams = np.asarray(outer["embedding.weight"])[ids]
     targets = _final_streams(source, streams, dtype)
     held = np.arange(len(ids)) % HELD_OUT == min(HELD_OUT, len(ids)) - 1
@@ -156,7 +156,7 @@ def _mean_divergence(
     config: ModelConfig,
     deviations: Deviations,
     fixed: Sequence[Layer],
-    tail: Decoder,
+    tail: Tail,
     x: Float[Array, "b t d"],
     target: Float[Array, "b t d"],
     rounded: bool,
@@ -184,7 +184,7 @@ def _step(
     state: Any,
     rate: Float[Array, ""],
     fixed: Sequence[Layer],
-    tail: Decoder,
+    tail: Tail,
     x: Float[Array, "b t d"],
     target: Float[Array, "b t d"],
 ) -> tuple[Deviations, Any]:

@@ -33,7 +33,7 @@ from svsk_jax.pipeline.compile_ahead import compile_ahead
 from svsk_jax.pipeline.identity import run_identity
 from svsk_jax.pipeline.layer_statistics import statistics_ahead
 from svsk_jax.pipeline.layers import LayerTotals, named, nbytes, on_first_device, quantize_layers
-from svsk_jax.pipeline.memory import Machine, plan_calibration, plan_quantization
+from svsk_jax.pipeline.memory import Machine, plan_quantization, plan_run
 from svsk_jax.pipeline.metadata import origin
 from svsk_jax.pipeline.plan import Plan, drafted, is_measured, layers_ahead, plan_model
 from svsk_jax.pipeline.polish import polish
@@ -133,14 +133,14 @@ def quantize(
     if isinstance(config, Plan):
         config.check_model(source.config)
     refuse_polish(recipe, settings, source.config)
-    calibration = _only_what_is_needed(calibration or CalibrationConfig(), settings)
+    calibration = (calibration or CalibrationConfig()).needed_by(settings)
     machine = Machine.of(mesh, dtype)
-    plan_quantization(source.config, machine, max_memory)
     if statistics is not None:
+        plan_quantization(source.config, machine, max_memory)
         statistics.check_model(source.fingerprint(), source.description)
     else:
         has_text = Run(output).calibration.text.is_file()
-        fits = plan_calibration(source.config, calibration, machine, max_memory, has_text=has_text)
+        fits = plan_run(source.config, calibration, machine, max_memory, has_text=has_text)
         calibration = dataclasses.replace(calibration, batch_tokens=fits.batch_tokens)
     identity = run_identity(source, config, statistics or calibration, recipe=recipe, dtype=dtype)
     budget = predict(parameter_shapes(source.config), quantized_paths(source.config), settings)
@@ -155,19 +155,9 @@ def quantize(
                 require_space(output, budget.total_bytes - files_bytes(run.model.folder))
             if statistics is None:
                 if not agree(lambda: run.has_statistics):
-                    manifest = calibrate(
-                        source,
-                        run.statistics,
-                        calibration,
-                        # Over other devices than an unfinished calibration, it starts over.
-                        overwrite=True,
-                        resume=True,
-                        dtype=dtype,
-                        mesh=mesh,
-                        max_memory=max_memory,
-                        on_progress=on_progress,
+                    watch.seconds |= _calibrate(
+                        run, source, calibration, dtype, mesh, max_memory, on_progress
                     )
-                    watch.seconds |= manifest["seconds"]
                     watch.restart()
                 statistics = Statistics.open(run.statistics)
             statistics.check_layers(source.config)
@@ -236,23 +226,54 @@ def quantize(
                     linear_bytes=sum(each.linear_bytes for each in whole),
                     total_bytes=nbytes(stored_outer) + sum(each.total_bytes for each in whole),
                 )
-                known = statistics.has_sensitivity and settings.needs_sensitivity
-                predicted = sum(each.predicted_nats for each in whole) if known else None
-                metadata = {
-                    "recipe": recipe,
-                    "quant_config": dataclasses.asdict(settings),
-                    "calibration": dict(statistics.manifest["text"]),
-                    "bits": {"decoder_linears": actual.linear_bits, "whole_file": actual.total_bits},
-                    "bytes": {"decoder_linears": actual.linear_bytes, "whole_file": actual.total_bytes},
-                    "predicted_nats": predicted,
-                    "run": identity,
-                    **origin(source),
-                }
-                run.model.outer(stored_outer, source, metadata)
+                predicted = sum(each.predicted_nats for each in whole)
+                metadata = _metadata(settings, statistics, actual, predicted)
+                run.model.outer(
+                    stored_outer, source, {"recipe": recipe, **metadata, "run": identity, **origin(source)}
+                )
                 run.finish()
                 watch.lap("write")
             barrier()
     return dataclasses.replace(_result(output, budget), seconds=watch.seconds)
+
+
+def _calibrate(
+    run: Run,
+    source: ModelSource,
+    calibration: CalibrationConfig,
+    dtype: DTypeLike,
+    mesh: Mesh | None,
+    max_memory: int | None,
+    on_progress: OnProgress | None,
+) -> dict[str, float]:
+    """Measure what the run has no statistics of yet; the wall seconds of each stage."""
+    manifest = calibrate(
+        source,
+        run.statistics,
+        calibration,
+        # Over other devices than an unfinished calibration, it starts over.
+        overwrite=True,
+        resume=True,
+        dtype=dtype,
+        mesh=mesh,
+        max_memory=max_memory,
+        on_progress=on_progress,
+    )
+    return manifest["seconds"]
+
+
+def _metadata(
+    settings: QuantConfig, statistics: Statistics, made: Budget, predicted_nats: float
+) -> dict[str, Any]:
+    """What is told of how a model was made and of what came out."""
+    known = statistics.has_sensitivity and settings.needs_sensitivity
+    return {
+        "quant_config": dataclasses.asdict(settings),
+        "calibration": dict(statistics.manifest["text"]),
+        "bits": {"decoder_linears": made.linear_bits, "whole_file": made.total_bits},
+        "bytes": {"decoder_linears": made.linear_bytes, "whole_file": made.total_bytes},
+        "predicted_nats": predicted_nats if known else None,
+    }
 
 
 def _finished(output: Path, identity: Mapping[str, Any], budget: Budget) -> QuantizeResult | None:
@@ -306,15 +327,6 @@ def _polished_errors(
         errors |= named(index, found)
         writer.layer(index, layer, found)
     return errors
-
-
-def _only_what_is_needed(calibration: CalibrationConfig, config: QuantConfig) -> CalibrationConfig:
-    """Leave out what the recipe would not look at."""
-    if not config.needs_full_moments:
-        return dataclasses.replace(calibration, moments="diagonal", fisher="off")
-    if not config.needs_sensitivity:
-        return dataclasses.replace(calibration, fisher="off")
-    return calibration
 
 
 def within(config: QuantConfig, statistics: Statistics) -> QuantConfig:

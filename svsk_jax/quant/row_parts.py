@@ -95,9 +95,24 @@ def tile_nats(
 
 @partial(jax.jit, static_argnames="rows")
 def _nats_of_tile(E: jax.Array, H: jax.Array, G: jax.Array, i: int | jax.Array, rows: int) -> jax.Array:
-    start = i * G.shape[1]
-    own = jax.lax.dynamic_slice_in_dim(E, start, rows)
-    return nats(own, H, jax.lax.dynamic_slice_in_dim(G[:, :rows, :rows], i, 1))
+    own, felt = row_tile(E, G, i, rows)
+    return nats(own, H, felt[None])
+
+
+@partial(jax.jit, static_argnames="rows")
+def row_tile(
+    E: Float[Array, "n k"], G: Float[Array, "t m m"], i: int | Int[Array, ""], rows: int
+) -> tuple[Float[Array, "{rows} k"], Float[Array, "{rows} {rows}"]]:
+    """Row tile i of E, and its block of G.
+
+    Args:
+        E: [N, K], in tiles of as many rows as a block of G has.
+        G: the diagonal blocks, the last one padded.
+        i: which tile.
+        rows: that it has: fewer than a block where it is a ragged last one.
+    """
+    own = jax.lax.dynamic_slice_in_dim(E, i * G.shape[1], rows)
+    return own, jax.lax.dynamic_index_in_dim(G[:, :rows, :rows], i, keepdims=False)
 
 
 def total_nats(parts: Sequence[RowPart], errors: Sequence[Array]) -> float:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Int8
 from pallas_kernels.svsk_matmul.layout import tile_spans
 from pallas_kernels.svsk_matmul.types import SIDECAR_UNIT, Sidecar
 from svsk_jax.quant.metric import HIGHEST, damped_cholesky
+from svsk_jax.quant.row_parts import row_tile
 from svsk_jax.quant.sidecar import low_rank
 from svsk_jax.quant.types import MAX_RANK
 
@@ -104,15 +105,6 @@ def _fit_tile(
 _factor = jax.jit(functools.partial(damped_cholesky, damping=FACTOR_DAMPING))
 
 
-@functools.partial(jax.jit, static_argnames="rows")
-def _row_tile(
-    E: Float[Array, "n k"], G: Float[Array, "t m m"], i: int | Int[Array, ""], rows: int
-) -> tuple[Float[Array, "{rows} k"], Float[Array, "{rows} {rows}"]]:
-    """Row tile i of E, and its block of G."""
-    own = jax.lax.dynamic_slice_in_dim(E, i * G.shape[1], rows)
-    return own, jax.lax.dynamic_index_in_dim(G[:, :rows, :rows], i, keepdims=False)
-
-
 @jax.jit
 def _coupled_target(
     others: Float[Array, "m k"], H: Float[Array, "k c"], factor: Float[Array, "c c"], own: Float[Array, "m c"]
@@ -155,7 +147,7 @@ def fit_tiles(
     factors = [_factor(H[a:b, a:b]) for a, b in spans]
     stored, restored = [], []
     for i, (start, stop) in enumerate(tile_spans(n, G.shape[1])):
-        rows, felt = _row_tile(E, G, i, stop - start)
+        rows, felt = row_tile(E, G, i, stop - start)
         row, S = _none(rows, spans), jnp.zeros_like(rows)
         if any(ranks[i]):
             R = _factor(felt)
@@ -188,7 +180,7 @@ def rank_gains(
     each rank is predicted to gain, G = R Rᵀ and H = L Lᵀ. Found as eigenvalues of Rᵀ E H Eᵀ R."""
     gains = []
     for i, (start, stop) in enumerate(tile_spans(E.shape[0], G.shape[1])):
-        rows, felt = _row_tile(E, G, i, stop - start)
+        rows, felt = row_tile(E, G, i, stop - start)
         spans = tile_spans(E.shape[1], columns)
         gains.append([_tile_gains(rows[:, a:b], H[a:b, a:b], felt, width) for a, b in spans])
     return gains

