@@ -336,7 +336,7 @@ def within(config: QuantConfig, statistics: Statistics) -> QuantConfig:
 def quantize_embedding(W: Any) -> Int8Weight:
     """int8 form of an embedding or head [vocabulary, hidden], a slab of rows at a time to bound memory."""
     slabs = [
-        quantize_int8(jnp.asarray(W[start : start + EMBEDDING_SLAB]))
+        quantize_int8(jax.device_put(W[start : start + EMBEDDING_SLAB]))
         for start in range(0, len(W), EMBEDDING_SLAB)
     ]
     return Int8Weight(

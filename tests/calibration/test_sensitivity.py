@@ -14,7 +14,7 @@ from svsk_jax.calibration.passes import Walk
 from svsk_jax.calibration.programs import of_walk
 from svsk_jax.calibration.sensitivity import head_gradient, token_weights
 from svsk_jax.calibration.statistics import chunks_of_batch
-from svsk_jax.model import Decoder
+from svsk_jax.model import Decoder, Mixture
 from svsk_jax.model.decoder import Tail
 from svsk_jax.model.parameters import LINEAR_INPUTS, QUANTIZED_LINEARS
 from svsk_jax.parallel import make_mesh
@@ -23,6 +23,12 @@ from svsk_jax.quant.types import OutputSensitivity
 
 WIDE = dataclasses.replace(TINY, intermediate_size=520)
 """Outputs of more rows than a block of sensitivities has."""
+EXPERTS = dataclasses.replace(
+    TINY,
+    architecture="qwen3_moe",
+    qk_norm=True,
+    mixture=Mixture(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=20),
+)
 LENGTH, CHUNKS, SEED = 12, 11, 3
 
 
@@ -121,17 +127,18 @@ def test_the_head_draws_in_f32_under_x64():
     assert f"f64[{LENGTH},{TINY.vocab_size}]" not in str(traced)
 
 
-def test_a_walk_runs_what_was_compiled_ahead(compiled):
+@pytest.mark.parametrize("config", [TINY, EXPERTS], ids=["dense", "experts"])
+def test_a_walk_runs_what_was_compiled_ahead(config, compiled):
     mesh, ids = make_mesh(1, 1, jax.devices()[:1]), draw_ids()
     # Whatever other tests have compiled.
     jax.clear_caches()
     batch = chunks_of_batch(CHUNKS, LENGTH, LENGTH, mesh), LENGTH
-    with together(of_walk(TINY, mesh, jnp.float32, batch, True, True, SEED)):
+    with together(of_walk(config, mesh, jnp.float32, batch, True, True, SEED)):
         pass
     ahead = {"layer_moments", "layer_sensitivity", "weighted_moments", "head_gradient"}
     assert ahead == set(compiled)
     compiled.clear()
-    walk_both_ways(TINY, ids, mesh=mesh)
+    walk_both_ways(config, ids, mesh=mesh)
     assert "add_up" in compiled
     assert not ahead & set(compiled)
 
