@@ -41,13 +41,7 @@ from svsk_jax import CalibrationConfig, Statistics, calibrate, open_model, quant
 from svsk_jax.calibration.mixture import Chunks
 from svsk_jax.model import ModelConfig
 from svsk_jax.model.parameters import layer_shapes, parameter_shapes
-from svsk_jax.pipeline.memory import (
-    Machine,
-    MemoryPlan,
-    gigabytes,
-    plan_calibration,
-    plan_quantization,
-)
+from svsk_jax.pipeline.memory import Machine, MemoryPlan, gigabytes, plan_run
 from svsk_jax.storage.atomic import write_json
 from svsk_jax.xla_flags import take_library_products
 
@@ -116,8 +110,7 @@ def predicted(config: ModelConfig, devices: int, chunks: int, length: int, limit
     machine = Machine(
         platform="cpu", devices=devices, model=1, copies=devices, itemsize=np.dtype(np.float32).itemsize
     )
-    plan = plan_calibration(config, calibration_of(chunks, length), machine, limit, has_text=True)
-    return dataclasses.replace(plan, peaks=plan.peaks | plan_quantization(config, machine, limit))
+    return plan_run(config, calibration_of(chunks, length), machine, limit, has_text=True)
 
 
 def run(arguments: argparse.Namespace, model: str, devices: int, quantizes: bool) -> dict[str, Any]:

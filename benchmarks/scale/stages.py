@@ -47,7 +47,7 @@ from svsk_jax.model import ModelConfig
 from svsk_jax.model.parameters import parameter_shapes
 from svsk_jax.pipeline.allocator import give_back_freed_arrays
 from svsk_jax.pipeline.checks import default_dtype
-from svsk_jax.pipeline.memory import Machine, gigabytes, plan_calibration, plan_quantization
+from svsk_jax.pipeline.memory import Machine, gigabytes, plan_run
 from svsk_jax.pipeline.plan import Plan, plan_model
 from svsk_jax.pipeline.progress import OnProgress
 from svsk_jax.quant.types import RECIPES
@@ -101,8 +101,7 @@ class Settings:
 def predicted(settings: Settings) -> dict[str, int]:
     """Peaks that the run follows on this machine, by stage."""
     machine, config = Machine.of(), settings.config
-    plan = plan_calibration(config, settings.calibration, machine, settings.limit, has_text=True)
-    return plan.peaks | plan_quantization(config, machine, settings.limit)
+    return plan_run(config, settings.calibration, machine, settings.limit, has_text=True).peaks
 
 
 def work(process: str, settings: Settings, folder: Path, on_progress: OnProgress) -> None:

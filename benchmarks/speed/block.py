@@ -39,7 +39,7 @@ from svsk_jax.calibration.mixture import Chunks
 from svsk_jax.known_models import KNOWN
 from svsk_jax.model import ModelConfig
 from svsk_jax.model.parameters import layer_shapes, parameter_shapes
-from svsk_jax.pipeline.memory import Machine, plan_calibration, plan_quantization
+from svsk_jax.pipeline.memory import Machine, plan_run
 from svsk_jax.pipeline.progress import Progress
 from svsk_jax.storage.atomic import write_json
 from svsk_jax.xla_flags import take_library_products
@@ -95,8 +95,8 @@ def highest(peaks: dict[str, float | None]) -> str | None:
 def predicted_peaks_mb(config: ModelConfig, chunks: int) -> dict[str, float]:
     """What the memory plan says of each stage, on the devices that there are."""
     calibration, machine = CalibrationConfig(chunks=chunks, chunk_length=LENGTH), Machine.of()
-    peaks = plan_calibration(config, calibration, machine, has_text=True).peaks
-    return {stage: peak / 1e6 for stage, peak in (peaks | plan_quantization(config, machine)).items()}
+    peaks = plan_run(config, calibration, machine, has_text=True).peaks
+    return {stage: peak / 1e6 for stage, peak in peaks.items()}
 
 
 def measure(config: ModelConfig, name: str, layers: int, chunks: int, work: Path) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The two walks over a model: forwards for second moments, backwards for sensitivities, a layer at a time."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
@@ -16,7 +15,6 @@ from svsk_jax.calibration.sensitivity import (
     TOKENS,
     Sensitivities,
     add_up_blocks,
-    compile_sensitivity,
     head_gradient,
     layer_sensitivity,
     no_blocks,
@@ -42,8 +40,7 @@ from svsk_jax.quant.types import OutputSensitivity
 
 
 class Walk:
-    """Batches of residual streams on their way through a model's layers. A context manager: at its end
-    nothing is being compiled any more.
+    """Batches of residual streams on their way through a model's layers.
 
     Args:
         source: the unquantized model.
@@ -80,22 +77,12 @@ class Walk:
         """Chunks that `backwards` goes on with."""
         self.gradients = Streams("gradients", self._place, store)
         """Of these, on the way back."""
-        self._compiler = ThreadPoolExecutor(max_workers=1)
-        self._compiling: Future[None] | None = None
-        """What the way back runs, where it is compiled on the way there: not on a CPU, which has no core free
-        for it."""
-
-    def __enter__(self) -> "Walk":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._compiler.shutdown(cancel_futures=True)
 
     def _layers(self, indices: Sequence[int]) -> Iterator[tuple[int, DecoderLayer]]:
         """Each layer on all devices; the next one is read meanwhile."""
         with ReadAhead(lambda index: self.source.layer(index, self.dtype), indices) as ahead:
             for index in indices:
-                parameters = {path: jnp.asarray(value) for path, value in ahead.take(index).items()}
+                parameters = jax.device_put(dict(ahead.take(index)))
                 layer = put(DecoderLayer(self.source.config, parameters), sharding(self.mesh))
                 del parameters
                 yield index, layer
@@ -159,8 +146,6 @@ class Walk:
                 if sums is None:
                     sums = no_moments(layer, x, mask, self.mesh, full)
                 if keep is not None and batch < self._kept_batches:
-                    if self._compiling is None and self.mesh.devices.flat[0].platform != "cpu":
-                        self._compiling = self._compiler.submit(compile_sensitivity(layer, x, self.mesh))
                     keep.put(index, batch, local_rows(x))
                 y, sums = layer_moments(layer, x, mask, sums, self.mesh, full)
                 self.streams.put(batch, y)
@@ -189,8 +174,6 @@ class Walk:
             kept: the layers' inputs that `forwards` or `replay` put there.
             layers: how many are left.
         """
-        if self._compiling is not None:
-            wait([self._compiling])
         upstream, batches = self.gradients, range(self._kept_batches)
         last = None
         for index, layer in self._layers(range(layers)[::-1]):
@@ -250,4 +233,4 @@ def _tail(source: ModelSource, dtype: DTypeLike) -> Tail:
     parameters = source.outer(dtype)
     if not source.config.tie_word_embeddings:
         del parameters["embedding.weight"]
-    return Tail(source.config, {path: jnp.asarray(value) for path, value in parameters.items()})
+    return Tail(source.config, jax.device_put(parameters))

@@ -1,7 +1,6 @@
 """The Fisher pass: how strongly the model's output feels each linear's output, walked backwards layer by
 layer."""
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -136,25 +135,6 @@ def layer_sensitivity(
 
     below, blocks, weights = _felt(layer, x, upstream, mesh)
     return below, {name: sums[name] + blocks[name] for name in sums}, weights
-
-
-def compile_sensitivity(layer: DecoderLayer, x: jax.Array, mesh: Mesh) -> Callable[[], None]:
-    """What compiles `layer_sensitivity` for arrays like these, which it does not keep: that takes long enough
-    to be done beside the walk forwards."""
-
-    def like(value: jax.Array) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=value.sharding)
-
-    layer, x = jax.tree.map(like, (layer, x))
-
-    def compile_it() -> None:
-        sums = {
-            name: jax.ShapeDtypeStruct(each.shape, each.dtype, sharding=partial_sums(mesh))
-            for name, each in jax.eval_shape(partial(no_blocks, mesh=mesh), layer, x).items()
-        }
-        layer_sensitivity.lower(layer, x, x, sums, mesh).compile()
-
-    return compile_it
 
 
 def _felt(

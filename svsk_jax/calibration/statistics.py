@@ -166,6 +166,12 @@ def add_up(sums: MomentSums, mesh: Mesh, full: bool) -> Moments:
     return {name: total(name, each) for name, each in sums.items()}
 
 
+def chunks_of_batch(chunks: int, length: int, batch_tokens: int, mesh: Mesh) -> int:
+    """Chunks of a batch on all devices of a mesh, each of which takes at most `batch_tokens` tokens, and a
+    chunk at least."""
+    return mesh.size * min(max(1, batch_tokens // length), -(-chunks // mesh.size))
+
+
 def embed_batches(
     embedding: Float[np.ndarray, "v d"], ids: np.ndarray, batch_tokens: int, mesh: Mesh
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
@@ -186,8 +192,7 @@ def embed_batches(
             f"the tokenizer gives tokens {ids.min()} to {ids.max()}, the embedding has {len(embedding)} "
             "rows: tokenizer and weights are not of the same model"
         )
-    per_device = max(1, batch_tokens // ids.shape[1])
-    size = mesh.size * min(per_device, -(-len(ids) // mesh.size))
+    size = chunks_of_batch(len(ids), ids.shape[1], batch_tokens, mesh)
 
     def rows_of(batch: np.ndarray) -> jax.Array:
         rows = np.zeros((size, ids.shape[1], embedding.shape[1]), embedding.dtype)

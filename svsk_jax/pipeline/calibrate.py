@@ -4,7 +4,7 @@ import dataclasses
 import shutil
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from svsk_jax.calibration.config import CalibrationConfig
 from svsk_jax.calibration.experts import describe_starved
 from svsk_jax.calibration.mixture import Chunks, check_chunks
 from svsk_jax.calibration.passes import Walk
+from svsk_jax.calibration.programs import of_walk
+from svsk_jax.calibration.statistics import chunks_of_batch
 from svsk_jax.model.config import ModelConfig
 from svsk_jax.model.parameters import input_widths, layer_kinds, layer_linears
 from svsk_jax.model.source import ModelSource
@@ -27,6 +29,7 @@ from svsk_jax.parallel import make_mesh
 from svsk_jax.parallel.distributed import agree, barrier, is_lead
 from svsk_jax.pipeline.allocator import give_back_freed_arrays
 from svsk_jax.pipeline.checks import default_dtype, files_bytes, refuse_packed, require_space
+from svsk_jax.pipeline.compile_ahead import together
 from svsk_jax.pipeline.identity import calibration_identity
 from svsk_jax.pipeline.measuring import Measuring
 from svsk_jax.pipeline.memory import Machine, MemoryPlan, chunk_length, plan_calibration
@@ -114,7 +117,10 @@ def calibrate(
                     states = 2 * streams_bytes(source.config, calibration, dtype)
                     needed = statistics_bytes(source.config, calibration) + states
                     require_space(output, needed - files_bytes(run.folder))
-                manifest = _measure(run, source, calibration, dtype, chunks, mesh, memory, watch, on_progress)
+                with ExitStack() as beside:
+                    manifest = _measure(
+                        run, source, calibration, dtype, chunks, mesh, memory, watch, on_progress, beside
+                    )
                 if is_lead():
                     store.finish(run.made, {**manifest, "run": identity})
                     run.finish()
@@ -132,8 +138,14 @@ def _measure(
     memory: MemoryPlan,
     watch: Stopwatch,
     on_progress: OnProgress | None,
+    beside: ExitStack,
 ) -> dict[str, Any]:
-    """Measure what is not yet measured; what the manifest says of it."""
+    """Measure what is not yet measured; what the manifest says of it. What goes on meanwhile is left to
+    `beside`."""
+    ahead = _compile_ahead(source.config, calibration, dtype, mesh)
+    has_text = given is not None or run.text.is_file()
+    if has_text:
+        beside.enter_context(ahead)
     outer = source.outer(dtype)
     refuse_packed(source, outer)
     watch.lap("load")
@@ -146,13 +158,12 @@ def _measure(
     counts = agree(make_text)
     ids = store.read_tokens(run.made)
     watch.lap("text")
-    with (
-        OneBehind() as writer,
-        BlockInputs(memory.store_bytes, run.folder) as kept,
-        Walk(
-            source, outer, ids, memory.batch_tokens, dtype, mesh, kept if memory.streams == "store" else None
-        ) as walk,
-    ):
+    if not has_text:
+        # Not before: a model that writes its own text takes most of the memory.
+        beside.enter_context(ahead)
+    with OneBehind() as writer, BlockInputs(memory.store_bytes, run.folder) as kept:
+        streams = kept if memory.streams == "store" else None
+        walk = Walk(source, outer, ids, memory.batch_tokens, dtype, mesh, streams)
         del outer
         starved = Measuring(run, walk, calibration, kept, writer, watch, on_progress).all()
     text = {
@@ -173,6 +184,28 @@ def _measure(
         "text": text,
         "seconds": watch.seconds,
     }
+
+
+def _compile_ahead(
+    model: ModelConfig, calibration: CalibrationConfig, dtype: DTypeLike, mesh: Mesh
+) -> AbstractContextManager[None]:
+    """What compiles the walk's programs while embedding, head and first layer are read. Not on a CPU, which
+    has no core free for it."""
+    if mesh.devices.flat[0].platform == "cpu":
+        return nullcontext()
+    length = chunk_length(model, calibration)
+    size = chunks_of_batch(calibration.chunks, length, calibration.batch_tokens, mesh)
+    return together(
+        of_walk(
+            model,
+            mesh,
+            dtype,
+            (size, length),
+            calibration.moments == "full",
+            calibration.measures_sensitivity,
+            calibration.seed,
+        )
+    )
 
 
 def _finished(run: CalibrationRun, identity: Mapping[str, Any]) -> bool:

@@ -17,9 +17,15 @@ MAX_WEIGHT = 7.0 * 65504
 """The largest code of the linear codebook times the largest f16 scale. Weights beyond it would be cut off."""
 
 
+@jax.jit
+def largest_magnitude(W: Any) -> jax.Array:
+    """max |w|."""
+    return jnp.max(jnp.abs(W))
+
+
 def check_weight(W: Any, name: str) -> Any:
     """The matrix itself; ValueError, which names it, where f16 scales cannot store its values."""
-    peak = float(jnp.max(jnp.abs(W)))
+    peak = float(largest_magnitude(W))
     if not peak <= MAX_WEIGHT:
         raise ValueError(
             f"{name}: its largest magnitude is {peak:.3g}, f16 scales store at most {MAX_WEIGHT:,.0f}; the "

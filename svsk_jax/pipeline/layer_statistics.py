@@ -104,7 +104,7 @@ def layer_statistics(
     strong = config.scales == "two_level"
     for source, names in _sharing(reads).items():
         moment, by_token, felt = ahead.take((index, source))
-        moment, felt = jax.tree.map(jnp.asarray, (moment, felt))
+        moment, felt = jax.device_put((moment, felt))
         # The weighted moment stays on the host: on the device it would be one [K, K] more.
         inputs = input_metric(moment, by_token, config) if strong else None
         del by_token

@@ -32,10 +32,7 @@ from svsk_jax.pipeline.progress import OnProgress, Progress
 from svsk_jax.quant.allocation import Allocation, Option, allocate
 from svsk_jax.quant.budget import base_bytes
 from svsk_jax.quant.codebook import LINEAR
-from svsk_jax.quant.joint import (
-    quantize_base,
-    tile_blocks,
-)
+from svsk_jax.quant.joint import minus, quantize_base, tile_blocks
 from svsk_jax.quant.row_parts import Devices, RowPart, row_parts, total_nats
 from svsk_jax.quant.sidecar_fit import rank_gains
 from svsk_jax.quant.types import MAX_RANK, QuantConfig, TensorPlan, TileShape
@@ -91,7 +88,7 @@ def measure_options(
         stored = jnp.asarray(LINEAR if coefficients is None else coefficients, jnp.float16)
         pair = stored.astype(jnp.float32)
         bases = [quantize_base(p.W, p.inputs, p.outputs, pair, group, config) for p in parts]
-        residuals = [p.W - base.dense for p, base in zip(parts, bases, strict=True)]
+        residuals = [minus(p.W, base.dense) for p, base in zip(parts, bases, strict=True)]
         cost = total_nats(parts, residuals)
         for tile in choices.tiles:
             if tile not in gains:

@@ -162,20 +162,19 @@ def quantize(
                 statistics = Statistics.open(run.statistics)
             statistics.check_layers(source.config)
             settings = within(settings, statistics)
-            outer = source.outer(dtype)
-            refuse_packed(source, outer)
-            watch.lap("load")
-            # In the host's memory: nothing looks at them until all layers are done.
-            stored_outer = jax.device_get(_store_outer(outer, settings)) if is_lead() else {}
-            del outer
-            watch.lap("quantize")
-            if settings.scales == "two_level":
-                own = groups.own(source.config.num_layers)
-                measures = not (isinstance(config, Plan) or is_measured(run.options, own))
-                quantizes = not run.is_quantized(own, settings.polish > 0)
-                compile_ahead(
-                    source.config, settings if quantizes else None, drafted(settings) if measures else None
-                )
+            strong, own = settings.scales == "two_level", groups.own(source.config.num_layers)
+            measures = strong and not (isinstance(config, Plan) or is_measured(run.options, own))
+            quantizes = strong and not run.is_quantized(own, settings.polish > 0)
+            with compile_ahead(
+                source.config, settings if quantizes else None, drafted(settings) if measures else None
+            ):
+                outer = source.outer(dtype)
+                refuse_packed(source, outer)
+                watch.lap("load")
+                # In the host's memory: nothing looks at them until all layers are done.
+                stored_outer = jax.device_get(_store_outer(outer, settings)) if is_lead() else {}
+                del outer
+                watch.lap("quantize")
             if isinstance(config, Plan):
                 plan = config
             else:
@@ -349,7 +348,7 @@ def within(config: QuantConfig, statistics: Statistics) -> QuantConfig:
 def quantize_embedding(W: Any) -> Int8Weight:
     """int8 form of an embedding or head [vocabulary, hidden], a slab of rows at a time to bound memory."""
     slabs = [
-        quantize_int8(jnp.asarray(W[start : start + EMBEDDING_SLAB]))
+        quantize_int8(jax.device_put(W[start : start + EMBEDDING_SLAB]))
         for start in range(0, len(W), EMBEDDING_SLAB)
     ]
     return Int8Weight(

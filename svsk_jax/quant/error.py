@@ -15,13 +15,20 @@ def output_energy(E: Float[Array, "n k"], moment: InputMoment) -> Float[Array, "
     return jnp.sum(E * E * moment.mean)
 
 
-@jax.jit
 def layer_error(
     W: Float[Array, "n k"], restored: Float[Array, "n k"], moment: InputMoment
 ) -> Float[Array, ""]:
     """tr((W-Ŵ) H (W-Ŵ)ᵀ) / tr(W H Wᵀ), dimensionless, f32, Ŵ being `restored`; 0 when the output of W
     itself is zero."""
-    W = W.astype(jnp.float32)
+    return error_share(W, restored, moment.total, moment.tokens)
+
+
+@jax.jit
+def error_share(
+    W: Float[Array, "n k"], restored: Float[Array, "n k"], total: jax.Array, tokens: jax.Array
+) -> Float[Array, ""]:
+    """`layer_error` of the parts of a moment."""
+    W, moment = W.astype(jnp.float32), InputMoment(total=total, tokens=tokens)
     signal = output_energy(W, moment)
     lost = output_energy(W - restored, moment)
     return jnp.where(signal > 0, lost / jnp.where(signal > 0, signal, 1.0), 0.0)

@@ -45,6 +45,18 @@ from svsk_jax.quant.types import (
 _pack_codes, _pack_int6 = jax.jit(pack_codes), jax.jit(pack_int6)
 
 
+@jax.jit
+def minus(A: Float[Array, "n k"], B: Float[Array, "n k"]) -> Float[Array, "n k"]:
+    """A - B, a program that can be compiled ahead."""
+    return A - B
+
+
+@jax.jit
+def plus(A: Float[Array, "n k"], B: Float[Array, "n k"]) -> Float[Array, "n k"]:
+    """A + B, likewise."""
+    return A + B
+
+
 class Base(NamedTuple):
     """Codes 0..15, int6 group scales, f16 super-scales, and the f32 [N, K] matrix that they restore."""
 
@@ -85,15 +97,17 @@ def output_metric(sensitivity: OutputSensitivity, rows: int, config: QuantConfig
     parts = []
     for band in bands(rows, height):
         blocks = shrink_to_identity(band_blocks(G, band), config.sensitivity_shrinkage)
-        missing = height - band[2]
-        padded = jnp.pad(blocks, ((0, 0), (0, missing), (0, missing)))
         order = factor = None
         if config.feedback == "both":
             order, factor = _row_factors(blocks, config.damping)
-            tail = jnp.broadcast_to(jnp.arange(band[2], height), (len(order), missing))
-            order, factor = jnp.concatenate([order, tail], axis=1), pad_square(factor, height)
-        parts.append(OutputMetric(padded, order, factor))
-    return jax.tree.map(lambda *each: jnp.concatenate(each), *parts)
+        # Each of these would be a program of its own, a copy of what is whole already.
+        if missing := height - band[2]:
+            blocks = jnp.pad(blocks, ((0, 0), (0, missing), (0, missing)))
+            if order is not None and factor is not None:
+                tail = jnp.broadcast_to(jnp.arange(band[2], height), (len(order), missing))
+                order, factor = jnp.concatenate([order, tail], axis=1), pad_square(factor, height)
+        parts.append(OutputMetric(blocks, order, factor))
+    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *each: jnp.concatenate(each), *parts)
 
 
 @jax.jit
@@ -192,7 +206,7 @@ def _fit(
     """The sidecar's factors of a part's tiles, and what they restore."""
     G = tile_blocks(fit_metric(part.outputs, config), plan.tile.rows, len(part.W))
     ranks = plan.ranks[part.start // plan.tile.rows :]
-    return fit_tiles(part.W - base.dense, part.inputs.H, G, ranks, plan.tile.columns)
+    return fit_tiles(minus(part.W, base.dense), part.inputs.H, G, ranks, plan.tile.columns)
 
 
 def quantize_joint(
@@ -217,7 +231,7 @@ def quantize_joint(
     draft = dataclasses.replace(config, beam_width=1) if rounds else config
     parts = row_parts(W, inputs, outputs, (plan.tile.rows,), devices)
     bases = [quantize_base(p.W, p.inputs, p.outputs, coefficients, plan.group, draft) for p in parts]
-    base_nats = total_nats(parts, [p.W - base.dense for p, base in zip(parts, bases, strict=True)])
+    base_nats = total_nats(parts, [minus(p.W, base.dense) for p, base in zip(parts, bases, strict=True)])
     best = (base_nats, bases, None)
     if plan.has_sidecar:
         best = (math.inf, bases, None)
@@ -225,20 +239,19 @@ def quantize_joint(
             if turn:
                 careful = config if turn == rounds else draft
                 bases = [
-                    quantize_base(p.W - S, p.inputs, p.outputs, coefficients, plan.group, careful)
+                    quantize_base(minus(p.W, S), p.inputs, p.outputs, coefficients, plan.group, careful)
                     for p, (_, S) in zip(parts, fits, strict=True)
                 ]
             fits = [_fit(p, base, plan, config) for p, base in zip(parts, bases, strict=True)]
-            cost = total_nats(
-                parts, [p.W - base.dense - S for p, base, (_, S) in zip(parts, bases, fits, strict=True)]
-            )
+            each = zip(parts, bases, fits, strict=True)
+            cost = total_nats(parts, [minus(minus(p.W, base.dense), S) for p, base, (_, S) in each])
             if cost < best[0]:
                 best = (cost, bases, fits)
     cost, bases, fits = best
     factors, restored = None, [base.dense for base in bases]
     if fits is not None:
         factors = [row for of_part, _ in fits for row in of_part]
-        restored = [dense + S for dense, (_, S) in zip(restored, fits, strict=True)]
+        restored = [plus(dense, S) for dense, (_, S) in zip(restored, fits, strict=True)]
     base = Base(*(jnp.concatenate(each) for each in zip(*gathered(bases), strict=True)))
     tile = (plan.tile.rows, plan.tile.columns)
     shape = (W.shape[0], W.shape[1])

@@ -1,6 +1,8 @@
 """What an error costs: the second moment of a linear's input, and the sensitivity of the model to its
 output."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -23,10 +25,22 @@ def shrink_to_diagonal(H: Float[Array, "*b k k"], amount: float | jax.Array) -> 
     return H * (1 - amount * (1 - eye))
 
 
-def shrink_to_identity(G: Float[Array, "*b n n"], amount: float | jax.Array) -> Float[Array, "*b n n"]:
-    """(1 - amount) G + amount m I, m the mean of its diagonal."""
-    mean = jnp.mean(jnp.diagonal(G, axis1=-2, axis2=-1), axis=-1)
-    return (1 - amount) * G + amount * mean[..., None, None] * jnp.eye(G.shape[-1], dtype=G.dtype)
+def shrink_to_identity(G: Float[Array, "*b n n"], amount: float) -> Float[Array, "*b n n"]:
+    """(1 - amount) G + amount m I, m the mean of its diagonal. As two programs: within one, whether products
+    are rounded before they are added is XLA's choice."""
+    return add_diagonal(*shares(G, amount))
+
+
+@partial(jax.jit, static_argnames="amount")
+def shares(G: Float[Array, "*b n n"], amount: float) -> tuple[Float[Array, "*b n n"], Float[Array, "*b"]]:
+    """(1 - amount) G, and amount times the mean of its diagonal."""
+    return (1 - amount) * G, amount * jnp.mean(jnp.diagonal(G, axis1=-2, axis2=-1), axis=-1)
+
+
+@jax.jit
+def add_diagonal(G: Float[Array, "*b n n"], level: Float[Array, "*b"]) -> Float[Array, "*b n n"]:
+    """G + level I."""
+    return G + level[..., None, None] * jnp.eye(G.shape[-1], dtype=G.dtype)
 
 
 def damped_cholesky(

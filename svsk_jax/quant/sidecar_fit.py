@@ -164,7 +164,13 @@ def fit_tiles(
                     S = part if len(spans) == 1 else S.at[:, a:b].set(part)
         stored.append(row)
         restored.append(S)
-    return stored, jnp.concatenate(restored)
+    return stored, one_below_another(restored)
+
+
+@jax.jit
+def one_below_another(parts: Sequence[Float[Array, "_ k"]]) -> Float[Array, "n k"]:
+    """Row tiles as one matrix."""
+    return jnp.concatenate(parts)
 
 
 def _none(rows: Float[Array, "m k"], spans: Sequence[tuple[int, int]]) -> list[TileFactors]:

@@ -1,7 +1,7 @@
 """What the method takes and returns: recipes, activation statistics, and the packed weights they lead to."""
 
 import dataclasses
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -232,6 +232,19 @@ class TensorPlan:
         return any(rank for row in self.ranks for rank in row)
 
 
+if TYPE_CHECKING:
+    MomentValue = jax.Array | np.ndarray
+else:
+    # Programs are compiled ahead for moments of which there are only shapes.
+    MomentValue = Any
+
+
+@jax.jit
+def mean_of(total: jax.Array | np.ndarray, tokens: jax.Array | np.ndarray) -> jax.Array:
+    """A sum over so many tokens divided by their number, or by 1 where there are none."""
+    return jnp.asarray(total) / jnp.maximum(tokens.astype(jnp.float32), 1.0)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InputMoment:
@@ -241,8 +254,8 @@ class InputMoment:
     Moments of disjoint tokens add: `a + b`.
     """
 
-    total: jax.Array | np.ndarray
-    tokens: jax.Array | np.ndarray
+    total: MomentValue
+    tokens: MomentValue
 
     def __add__(self, other: "InputMoment") -> "InputMoment":
         return InputMoment(total=self.total + other.total, tokens=self.tokens + other.tokens)
@@ -255,7 +268,7 @@ class InputMoment:
     @property
     def mean(self) -> jax.Array:
         """H = E[x xᵀ], or its diagonal h = E[x²], f32."""
-        return jnp.asarray(self.total) / jnp.maximum(self.tokens.astype(jnp.float32), 1.0)
+        return mean_of(self.total, self.tokens)
 
     @property
     def diagonal(self) -> jax.Array:
@@ -290,4 +303,4 @@ class OutputSensitivity:
     @property
     def mean(self) -> jax.Array:
         """The blocks of G = E[g gᵀ], f32."""
-        return jnp.asarray(self.blocks) / jnp.maximum(self.tokens.astype(jnp.float32), 1.0)
+        return mean_of(self.blocks, self.tokens)

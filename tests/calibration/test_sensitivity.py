@@ -1,7 +1,6 @@
 """The walk backwards, a layer at a time, gives what one differentiation of the whole model gives."""
 
 import dataclasses
-import threading
 from functools import partial
 
 import jax
@@ -12,15 +11,24 @@ from support import TINY, MemorySource
 
 from svsk_jax.calibration.block_inputs import BlockInputs
 from svsk_jax.calibration.passes import Walk
-from svsk_jax.calibration.sensitivity import compile_sensitivity, head_gradient, token_weights
-from svsk_jax.model import Decoder
+from svsk_jax.calibration.programs import of_walk
+from svsk_jax.calibration.sensitivity import head_gradient, token_weights
+from svsk_jax.calibration.statistics import chunks_of_batch
+from svsk_jax.model import Decoder, Mixture
 from svsk_jax.model.decoder import Tail
 from svsk_jax.model.parameters import LINEAR_INPUTS, QUANTIZED_LINEARS
 from svsk_jax.parallel import make_mesh
+from svsk_jax.pipeline.compile_ahead import together
 from svsk_jax.quant.types import OutputSensitivity
 
 WIDE = dataclasses.replace(TINY, intermediate_size=520)
 """Outputs of more rows than a block of sensitivities has."""
+EXPERTS = dataclasses.replace(
+    TINY,
+    architecture="qwen3_moe",
+    qk_norm=True,
+    mixture=Mixture(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=20),
+)
 LENGTH, CHUNKS, SEED = 12, 11, 3
 
 
@@ -119,42 +127,20 @@ def test_the_head_draws_in_f32_under_x64():
     assert f"f64[{LENGTH},{TINY.vocab_size}]" not in str(traced)
 
 
-def test_a_walk_that_fails_leaves_nothing_compiling():
-    """As on an accelerator, where the way back is compiled on the way there."""
-    begun, go_on, ended = threading.Event(), threading.Event(), []
-
-    def compile_it():
-        begun.set()
-        assert go_on.wait(20)
-        ended.append("compiled")
-
-    def fail():
-        with Walk(source, source.outer(jnp.float32), draw_ids(1), LENGTH, jnp.float32, mesh) as walk:
-            walk._compiling = walk._compiler.submit(compile_it)
-            assert begun.wait(20)
-            queued = walk._compiler.submit(ended.append, "queued")
-            threading.Timer(0.1, go_on.set).start()
-            raise RuntimeError("stop", queued)
-
-    source, mesh = MemorySource(TINY), make_mesh(1, 1, jax.devices()[:1])
-    with pytest.raises(RuntimeError, match="stop") as raised:
-        fail()
-    assert ended == ["compiled"]
-    assert raised.value.args[1].cancelled()
-
-
-def test_the_way_back_runs_what_was_compiled_ahead(compiled):
-    mesh, ids, source = make_mesh(1, 1, jax.devices()[:1]), draw_ids(), MemorySource(TINY)
-    walk = Walk(source, source.outer(jnp.float32), ids, LENGTH, jnp.float32, mesh)
-    [(_, layer)] = walk._layers([0])
+@pytest.mark.parametrize("config", [TINY, EXPERTS], ids=["dense", "experts"])
+def test_a_walk_runs_what_was_compiled_ahead(config, compiled):
+    mesh, ids = make_mesh(1, 1, jax.devices()[:1]), draw_ids()
     # Whatever other tests have compiled.
     jax.clear_caches()
-    compile_sensitivity(layer, walk.streams.take(0), mesh)()
-    assert "layer_sensitivity" in compiled
+    batch = chunks_of_batch(CHUNKS, LENGTH, LENGTH, mesh), LENGTH
+    with together(of_walk(config, mesh, jnp.float32, batch, True, True, SEED)):
+        pass
+    ahead = {"layer_moments", "layer_sensitivity", "weighted_moments", "head_gradient"}
+    assert ahead == set(compiled)
     compiled.clear()
-    walk_both_ways(TINY, ids, mesh=mesh)
-    assert "layer_moments" in compiled
-    assert "layer_sensitivity" not in compiled
+    walk_both_ways(config, ids, mesh=mesh)
+    assert "add_up" in compiled
+    assert not ahead & set(compiled)
 
 
 @pytest.mark.parametrize(("keep", "mesh"), [(CHUNKS, (8, 1)), (3, (2, 4))])
