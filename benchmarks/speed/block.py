@@ -1,12 +1,12 @@
 """Calibrate and quantize the first layers of a large model on this machine, and estimate the whole.
 
-    python -m benchmarks.speed.block [--model Qwen3-8B] [--layers 3] [--chunks 128] [--json results.json]
+    python -m benchmarks.speed.block [--model Qwen3-8B] [--layers 6] [--chunks 128] [--json results.json]
 
 A checkpoint of `--layers` layers of the model's shapes, with random weights, is written to a temporary folder
 (safetensors, bf16, as the hub has them) and goes through `svsk calibrate` and `svsk quantize` as they are;
-the text is random tokens. Stages as in quantize.py. The first layer of a stage compiles; the whole model is
-estimated as the stage's first layer and as many as are left of the others' mean (a layer may end while the
-next one is booked), besides what is done once.
+the text is random tokens. Stages as in quantize.py. The first layers of a stage compile, or wait for what is
+compiled meanwhile; the whole model is estimated as all of these layers and as many as are left of the later
+half's mean (a layer may end while the next one is booked), besides what is done once.
 Memory is the accelerator's peak by the end of each stage, where it keeps count, beside what the memory plan
 (`svsk plan`) predicts for the stage, and what of the whole run's peak lies beyond one layer's weights. A peak
 is never forgotten: a stage that needed less than one before it shows that one's.
@@ -83,7 +83,10 @@ class Laps:
 
 def whole(stages: dict[str, list[float]], layers: int) -> dict[str, float]:
     """Seconds of each stage for a model of so many layers."""
-    return {stage: each[0] + (layers - 1) * statistics.fmean(each[1:]) for stage, each in stages.items()}
+    return {
+        stage: sum(each) + (layers - len(each)) * statistics.fmean(each[len(each) // 2 :])
+        for stage, each in stages.items()
+    }
 
 
 def highest(peaks: dict[str, float | None]) -> str | None:
@@ -151,7 +154,7 @@ def main() -> None:
     )
     parser.add_argument("--model", default="Qwen3-8B", choices=sorted(KNOWN))
     parser.add_argument("--recipe", default="svsk-r16")
-    parser.add_argument("--layers", type=int, default=3, help="2 or more")
+    parser.add_argument("--layers", type=int, default=6, help="2 or more")
     parser.add_argument("--chunks", type=int, default=128)
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()

@@ -9,6 +9,7 @@ from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.decode_step.product import Product, biased, finishing, inverse_rms, load_squares
+from pallas_kernels.svsk_matmul.triton_layout import ROW_UNIT
 from pallas_kernels.svsk_matmul.triton_operands import Refs
 
 HEAD_DIMS = (64, 128)
@@ -72,7 +73,9 @@ def finishing_heads(
     place = jnp.where(row < key, head * heads.queries_per_key + row, place)
     known = (row < heads.queries_per_key) | (row == key) | (row == key + 1)
     starts = [jnp.where(known, place * heads.dim + side, product.weight.padded_rows) for side in (0, half)]
-    finish = finishing(ref, product, item, starts, half, asm=asm)
+    # A head of two blocks of rows, at an even place.
+    shared = product.weight.paired and half == ROW_UNIT
+    finish = finishing(ref, product, item, starts, half, shared=shared, asm=asm)
     squares = load_squares(ref, item)
     turn = lax.broadcasted_iota(jnp.int32, (rows, half), 1)
     row = lax.broadcasted_iota(jnp.int32, (rows, half), 0)

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -92,8 +93,28 @@ def inverse_rms(squares: jax.Array, columns: int, eps: float) -> jax.Array:
     return lax.rsqrt(jnp.sum(squares) / columns + eps)
 
 
+class _Unit(NamedTuple):
+    """Within a kernel: where some rows of y find their sidecar, int32 [h, 1] each."""
+
+    below: jax.Array
+    """The first row within its block of 64."""
+    first: jax.Array
+    """Row of V x."""
+    count: jax.Array
+    """Ranks."""
+    begin: jax.Array
+    """Row of Uᵀ."""
+
+
 def finishing(
-    ref: Refs, product: Product, item: jax.Array, starts: Sequence[jax.Array], width: int, *, asm: bool
+    ref: Refs,
+    product: Product,
+    item: jax.Array,
+    starts: Sequence[jax.Array],
+    width: int,
+    *,
+    shared: bool = False,
+    asm: bool,
 ) -> Callable[[], list[jax.Array]]:
     """Within a kernel: begin to load rows of y of one row of x, and return what finishes them: without bias,
     f32 [h, width] for each of `starts`. What is loaded between is on its way at the same time.
@@ -105,6 +126,7 @@ def finishing(
         starts: int32 [h, 1], the first of each `width` rows, which lie within one unit of 64. From the padded
             rows of the weight on there are zeros.
         width: of rows.
+        shared: whether all starts need the same rows of V.
         asm: inline assembly.
     """
     padded_rows = product.weight.padded_rows
@@ -118,66 +140,64 @@ def finishing(
     def summed(values: list[jax.Array]) -> jax.Array:
         return sum(values[1:], values[0])
 
-    found, units = [], []
+    found: list[list[jax.Array]] = []
+    units: list[_Unit] = []
     for start in starts:
         alive = start < padded_rows
         row = start + lax.broadcasted_iota(jnp.int32, (start.shape[0], width), 1)
         found.append(loaded(row, jnp.broadcast_to(alive, row.shape)))
         if "u" in ref:
             unit = lax.div(start, jnp.int32(ROW_UNIT))
-            units.append(
-                [plgpu.load(ref["ranges"].at[unit, jnp.int32(i)], mask=alive, other=0) for i in range(3)]
-            )
+            ranges = (plgpu.load(ref["ranges"].at[unit, jnp.int32(i)], mask=alive, other=0) for i in range(3))
+            # Known to be zero, the first row lets U be loaded 16 bytes at a time.
+            below = jnp.zeros_like(start) if width == ROW_UNIT else lax.rem(start, jnp.int32(ROW_UNIT))
+            units.append(_Unit(below, *ranges))
 
-    def below(start: jax.Array) -> jax.Array:
-        # Known to be zero, it lets U be loaded 16 bytes at a time.
-        return jnp.zeros_like(start) if width == ROW_UNIT else lax.rem(start, jnp.int32(ROW_UNIT))
+    def load_t(unit: _Unit, rank: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+        alive = rank < unit.count
+        scale = plgpu.load(ref["v_scale"].at[unit.first + rank], mask=alive, other=0.0)
+        return loaded(padded_rows + unit.first + rank, alive), scale
 
-    def at_once(i, y, start, first, count, begin):
-        here = i * RANKS + lax.broadcasted_iota(jnp.int32, (start.shape[0], RANKS), 1)
-        alive = here < count
-        scale = plgpu.load(ref["v_scale"].at[first + here], mask=alive, other=0.0)
-        t = summed(loaded(padded_rows + first + here, alive)) * scale
+    def at_once(i, y, unit):
+        ranks = (y.shape[0], RANKS)
+        values, scale = load_t(unit, i * RANKS + lax.broadcasted_iota(jnp.int32, ranks, 1))
+        t = summed(values) * scale
         shape = (*y.shape, RANKS)
-        u_row = below(start)[:, :, None] + lax.broadcasted_iota(jnp.int32, shape, 1)
+        row = unit.below[:, :, None] + lax.broadcasted_iota(jnp.int32, shape, 1)
         rank = i * RANKS + lax.broadcasted_iota(jnp.int32, shape, 2)
-        mask = rank < count[:, :, None]
-        u = plgpu.load(ref["u"].at[begin[:, :, None] + rank, u_row], mask=mask, other=0)
+        mask = rank < unit.count[:, :, None]
+        u = plgpu.load(ref["u"].at[unit.begin[:, :, None] + rank, row], mask=mask, other=0)
         return y + jnp.sum(t[:, None, :] * u.astype(jnp.float32), axis=2)
 
-    def term(here, y, start, first, count, begin):
-        u_row = below(start) + lax.broadcasted_iota(jnp.int32, y.shape, 1)
-        alive = here < count
-        index = jnp.broadcast_to(begin + here, u_row.shape), u_row
-        u = plgpu.load(ref["u"].at[index], mask=jnp.broadcast_to(alive, u_row.shape), other=0)
-        scale = plgpu.load(ref["v_scale"].at[first + here], mask=alive, other=0.0)
-        return u, scale, loaded(padded_rows + first + here, alive)
+    def load_u(unit: _Unit, rank: jax.Array, y: jax.Array) -> jax.Array:
+        row = unit.below + lax.broadcasted_iota(jnp.int32, y.shape, 1)
+        index = jnp.broadcast_to(unit.begin + rank, row.shape), row
+        return plgpu.load(ref["u"].at[index], mask=jnp.broadcast_to(rank < unit.count, row.shape), other=0)
 
     def by_rank(i, ys):
         # All loads come before the first sum.
-        every = [
-            [term(i * RANKS + rank, y, start, *unit) for rank in range(RANKS)]
-            for y, start, unit in zip(ys, starts, units, strict=True)
-        ]
+        ranks = [i * RANKS + rank for rank in range(RANKS)]
+        us = [[load_u(unit, rank, y) for rank in ranks] for y, unit in zip(ys, units, strict=True)]
+        ts = [[load_t(unit, rank) for rank in ranks] for unit in units[: 1 if shared else None]]
+        ts = [[summed(values) * scale for values, scale in t] for t in ts]
         sums = []
-        for y, terms in zip(ys, every, strict=True):
-            for u, scale, values in terms:
-                t = jnp.broadcast_to(summed(values) * scale, y.shape)
-                y = fma_f32(t, u.astype(jnp.float32), y, asm=asm)
+        for y, u, t in zip(ys, us, ts * len(ys) if shared else ts, strict=True):
+            for one_u, one_t in zip(u, t, strict=True):
+                y = fma_f32(jnp.broadcast_to(one_t, y.shape), one_u.astype(jnp.float32), y, asm=asm)
             sums.append(y)
         return sums
 
     def some(i, ys):
         # The sum at once goes through shuffles, more than it saves in loads of V x for each row.
         if len(ys) == 1 and len(ys[0]) <= AT_ONCE:
-            return [at_once(i, ys[0], starts[0], *units[0])]
+            return [at_once(i, ys[0], units[0])]
         return by_rank(i, ys)
 
     def finish() -> list[jax.Array]:
         ys = [summed(values) for values in found]
         if not units:
             return ys
-        most = jnp.max(reduce(jnp.maximum, (count for _, count, _ in units)))
+        most = jnp.max(reduce(jnp.maximum, (unit.count for unit in units)))
         return lax.fori_loop(0, lax.div(most + (RANKS - 1), jnp.int32(RANKS)), some, ys)
 
     return finish

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int8, Int16
 
 from pallas_kernels.svsk_matmul.layout import SUPER_GROUP, ceil_div, pad_axis, unpack_codes, unpack_int6
-from pallas_kernels.svsk_matmul.triton_sidecar import gather_sidecars
+from pallas_kernels.svsk_matmul.triton_sidecar import gather_sidecars, in_pairs
 from pallas_kernels.svsk_matmul.types import Leaf, SVSKWeight
 
 SUPERBLOCK = SUPER_GROUP
@@ -49,7 +49,8 @@ class TritonWeight:
 
     `super_scales` is None with flat scales, the last four without any sidecar.
 
-    `rows`: of each weight, without padding. Leading axes on every leaf are a stack of layers.
+    `rows`: of each weight, without padding. `paired`: whether rows 128 i to 128 i + 127 share their rows of V
+    (`in_pairs`). Leading axes on every leaf are a stack of layers.
     """
 
     words: Leaf
@@ -64,6 +65,7 @@ class TritonWeight:
     columns: int = dataclasses.field(metadata={"static": True})
     group: int = dataclasses.field(metadata={"static": True})
     companded: bool = dataclasses.field(metadata={"static": True})
+    paired: bool = dataclasses.field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -156,6 +158,7 @@ def lay_out(weights: SVSKWeight | Sequence[SVSKWeight]) -> TritonWeight:
         columns=weights[0].shape[1],
         group=group,
         companded=companded,
+        paired=in_pairs([weight.sidecar for weight in weights], rows, ROW_UNIT),
     )
 
 

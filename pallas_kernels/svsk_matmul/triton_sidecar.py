@@ -69,6 +69,15 @@ def gather_sidecars(
     return v, scale, u, jnp.asarray(ranged)
 
 
+def in_pairs(sidecars: Sequence[Sidecar | None], rows: Sequence[int], row_unit: int) -> bool:
+    """Whether blocks 2 i and 2 i + 1 of `row_unit` rows need the same rows of V, for all i: no tile ends, and
+    no weight, between them."""
+    pair = 2 * row_unit
+    whole = all(ceil_div(n, row_unit) % 2 == 0 for n in rows)
+    spans = (span for sidecar in sidecars if sidecar is not None for span in sidecar.row_spans)
+    return whole and all(start % pair == 0 for start, _ in spans)
+
+
 def _v_places(sidecar: Sidecar, columns: int) -> tuple[list[int], np.ndarray]:
     """First row of V of each row tile, and where in the stored V each element of V lies, or -1."""
     first = list(np.cumsum([0, *map(sum, sidecar.ranks)]).tolist())

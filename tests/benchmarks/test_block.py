@@ -1,6 +1,6 @@
 """The benchmark of a large model's first layers: what it tells of memory."""
 
-from benchmarks.speed.block import highest, predicted_peaks_mb
+from benchmarks.speed.block import highest, predicted_peaks_mb, whole
 from svsk_jax.known_models import KNOWN
 
 
@@ -14,3 +14,8 @@ def test_each_stage_has_a_prediction():
     peaks = predicted_peaks_mb(KNOWN["Qwen3-0.6B"], 128)
     assert set(peaks) == {"calibrate", "sensitivity", "plan", "quantize"}
     assert all(peak > 100 for peak in peaks.values())
+
+
+def test_the_whole_model_is_the_measured_layers_and_more_like_the_last():
+    stages = {"compiled at first": [9.0, 5.0, 1.0, 3.0], "one layer": [2.0]}
+    assert whole(stages, 10) == {"compiled at first": 18.0 + 6 * 2.0, "one layer": 20.0}

@@ -27,7 +27,7 @@ CONFIGS = {
     "one key head of 64": (BASE, {"ranks": (1, 3)}),
     "heads of 128 with norms": (
         dataclasses.replace(BASE, num_heads=4, num_kv_heads=2, head_dim=128, qk_norm=True),
-        {"ranks": (0, 20), "group": 32},
+        {"ranks": (0, 20), "group": 32, "tile": (128, 0)},
     ),
     "biases, a window, a head of its own, no sidecar": (
         dataclasses.replace(
@@ -47,7 +47,7 @@ def packed_parameters(config, **form):
     parameters = dict(random_parameters(config, 0))
     for path, value in parameters.items():
         if any(path.endswith(f"{name}.weight") for name in QUANTIZED_LINEARS):
-            parameters[path] = random_weight(rng, *value.shape, tile=(64, 0), **form)
+            parameters[path] = random_weight(rng, *value.shape, **{"tile": (64, 0), **form})
         elif len(value.shape) == 2:
             parameters[path] = random_int8(rng, *value.shape)
     return parameters

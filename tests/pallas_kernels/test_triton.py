@@ -39,6 +39,24 @@ def test_against_float64(form, m):
 
 
 @pytest.mark.parametrize(
+    ("rows", "tile", "paired"),
+    [
+        ((256, 128), 128, True),
+        ((256, 100), 256, True),
+        ((256, 128), 64, False),
+        ((256, 128), 192, False),
+        ((64, 128), 128, False),
+    ],
+)
+def test_rows_of_v_that_pairs_of_blocks_share(rows, tile, paired):
+    rng = np.random.default_rng(0)
+    found = lay_out([random_weight(rng, n, 64, ranks=2, tile=(tile, 0)) for n in rows])
+    assert found.paired == paired
+    pairs = found.ranges[: len(found.ranges) // 2 * 2, :2].reshape(-1, 2, 2)
+    assert bool((pairs[:, 0] == pairs[:, 1]).all()) == paired
+
+
+@pytest.mark.parametrize(
     ("shape", "m"),
     # Each by one of the two kernels, the least by both.
     [((64, 256), 1), ((192, 576), 3), ((1, 1), 1), ((1, 1), 3), ((577, 31), 3), ((70, 1100), 1)],
