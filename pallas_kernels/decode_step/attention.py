@@ -22,7 +22,7 @@ from pallas_kernels.svsk_matmul.triton_prepare import PLANES, Prepared, abstract
 NAME = "svsk_attend"
 POSITIONS = 64
 """Positions that a program takes at a time."""
-WARPS = 4
+WARPS, STAGES = 4, 3
 MOST_QUERIES = 16
 """Queries of a key head, at most, and of a program: the least that a tensor-core product takes."""
 PROGRAMS = 128
@@ -269,7 +269,7 @@ def attend(
         programs=num_keys * splits,
         rows=m,
         warps=WARPS,
-        stages=2,
+        stages=STAGES,
         in_place={"keys": "new_keys", "values": "new_values", "counts": "arrivals"},
         interpret=interpret,
     )

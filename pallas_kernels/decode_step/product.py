@@ -19,7 +19,9 @@ from pallas_kernels.svsk_matmul.tuning import batch_of, configuration
 from pallas_kernels.svsk_matmul.types import Leaf
 
 RANKS = 16
-"""Sidecar rows taken at a time."""
+"""Sidecar rows taken at a time for one row of x, whose programs wait for what they load."""
+RANKS_OF_MANY = 8
+"""And for several, whose programs are so many that their registers count."""
 AT_ONCE = 4
 """Blocks of rows up to which a program adds ranks up at once."""
 WIDTH = PLANES * PLANE
@@ -130,6 +132,7 @@ def finishing(
         asm: inline assembly.
     """
     padded_rows = product.weight.padded_rows
+    at_a_time = RANKS if product.parts.shape[1] == 1 else RANKS_OF_MANY
 
     def loaded(row: jax.Array, mask: jax.Array) -> list[jax.Array]:
         return [
@@ -159,12 +162,12 @@ def finishing(
         return loaded(padded_rows + unit.first + rank, alive), scale
 
     def at_once(i, y, unit):
-        ranks = (y.shape[0], RANKS)
-        values, scale = load_t(unit, i * RANKS + lax.broadcasted_iota(jnp.int32, ranks, 1))
+        ranks = (y.shape[0], at_a_time)
+        values, scale = load_t(unit, i * at_a_time + lax.broadcasted_iota(jnp.int32, ranks, 1))
         t = summed(values) * scale
-        shape = (*y.shape, RANKS)
+        shape = (*y.shape, at_a_time)
         row = unit.below[:, :, None] + lax.broadcasted_iota(jnp.int32, shape, 1)
-        rank = i * RANKS + lax.broadcasted_iota(jnp.int32, shape, 2)
+        rank = i * at_a_time + lax.broadcasted_iota(jnp.int32, shape, 2)
         mask = rank < unit.count[:, :, None]
         u = plgpu.load(ref["u"].at[unit.begin[:, :, None] + rank, row], mask=mask, other=0)
         return y + jnp.sum(t[:, None, :] * u.astype(jnp.float32), axis=2)
@@ -176,7 +179,7 @@ def finishing(
 
     def by_rank(i, ys):
         # All loads come before the first sum.
-        ranks = [i * RANKS + rank for rank in range(RANKS)]
+        ranks = [i * at_a_time + rank for rank in range(at_a_time)]
         us = [[load_u(unit, rank, y) for rank in ranks] for y, unit in zip(ys, units, strict=True)]
         ts = [[load_t(unit, rank) for rank in ranks] for unit in units[: 1 if shared else None]]
         ts = [[summed(values) * scale for values, scale in t] for t in ts]
@@ -198,7 +201,7 @@ def finishing(
         if not units:
             return ys
         most = jnp.max(reduce(jnp.maximum, (unit.count for unit in units)))
-        return lax.fori_loop(0, lax.div(most + (RANKS - 1), jnp.int32(RANKS)), some, ys)
+        return lax.fori_loop(0, lax.div(most + (at_a_time - 1), jnp.int32(at_a_time)), some, ys)
 
     return finish
 
