@@ -17,5 +17,5 @@ def test_each_stage_has_a_prediction():
 
 
 def test_the_whole_model_is_the_measured_layers_and_more_like_the_last():
-    stages = {"compiled at first": [9.0, 5.0, 1.0, 3.0], "one layer": [2.0]}
-    assert whole(stages, 10) == {"compiled at first": 18.0 + 6 * 2.0, "one layer": 20.0}
+    stages = {"compiled at first, files at last": [9.0, 5.0, 3.0, 1.0, 2.0, 7.0], "one layer": [2.0]}
+    assert whole(stages, 10) == {"compiled at first, files at last": 27.0 + 4 * 1.5, "one layer": 20.0}
