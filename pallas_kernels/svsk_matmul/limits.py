@@ -31,8 +31,8 @@ LIMITS: dict[tuple[str, int, bool], Limit] = {
         instructions=3.7,
         registers=112,
         wide_copies=True,
-        reason="three half2 operations per pair more than linear, 3.2 to 3.4; registers for the next scales; for "
-        "sm_120 ptxas keeps to 80 of them and spills 12 bytes",
+        reason="three half2 operations per pair more than linear, 3.2 to 3.4; registers for the next scales; "
+        "sm_120: 80 of them, 12 bytes spilled",
         local=3,
     ),
     (triton_rows.NAME, 8, False): Limit(
@@ -63,7 +63,7 @@ LIMITS: dict[tuple[str, int, bool], Limit] = {
         instructions=7.4,
         registers=255,
         wide_copies=False,
-        reason="as linear, with the codebook's cubic; for sm_89 ptxas keeps to 128 registers and spills 32 bytes",
+        reason="as linear, with the codebook's cubic; sm_89: 128 registers, 32 bytes spilled",
         local=8,
     ),
     (triton_restore.NAME, FUSED_LIMIT, False): Limit(
