@@ -6,8 +6,8 @@ A checkpoint of `--layers` layers of the model's shapes, with random weights, is
 (safetensors, bf16, as the hub has them) and goes through `svsk calibrate` and `svsk quantize` as they are;
 the text is random tokens. Stages as in quantize.py. The first layers of a stage compile, or wait for what is
 compiled meanwhile; the whole model is estimated as all of these layers and as many as are left of the later
-half's mean, besides what is done once. (A layer may end while the next one is booked; the last of a stage also
-waits for the files of those before it, and counts once.)
+half's mean, besides what is done once. (A layer may end while the next one is booked. The last of a stage
+waits for the files of those before it too, and counts once.)
 Memory is the accelerator's peak by the end of each stage, where it keeps count, beside what the memory plan
 (`svsk plan`) predicts for the stage, and what of the whole run's peak lies beyond one layer's weights. A peak
 is never forgotten: a stage that needed less than one before it shows that one's.
