@@ -24,7 +24,7 @@ POSITIONS = 64
 """Positions that a program takes at a time."""
 WARPS, STAGES = 4, 3
 MOST_QUERIES = 16
-"""Queries of a key head, at most, and of a program: the least that a tensor-core product takes."""
+"""Of a key head."""
 PROGRAMS = 128
 """Programs that fill a GPU."""
 MOST_SPLITS = 32
