@@ -85,7 +85,7 @@ class Laps:
 def whole(stages: dict[str, list[float]], layers: int) -> dict[str, float]:
     """Seconds of each stage for a model of so many layers."""
     return {
-        stage: sum(each) + (layers - len(each)) * statistics.fmean(each[len(each) // 2 : -1] or each)
+        stage: sum(each) + (layers - len(each)) * statistics.fmean(each[len(each) // 2 : -1] or each[-1:])
         for stage, each in stages.items()
     }
 

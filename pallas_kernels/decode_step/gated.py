@@ -43,7 +43,8 @@ def _work(
     rows = [starts(first + superblock * WIDTH, PLANES, PLANE) for first in (0, padded(width))]
     finish = finishing(ref, product, item, rows, PLANE, asm=not interpret)
     squares = load_squares(ref, item)
-    gate, up = (y * inverse_rms(squares, columns, eps) for y in finish())
+    norm = inverse_rms(squares, columns, eps)
+    gate, up = (y * norm for y in finish())
     gate, up = biased(ref, gate, column, inside), biased(ref, up, width + column, inside)
     hidden = jnp.where(inside, gate * up / (1 + jnp.exp(-gate)), 0.0)
     store_superblock(ref["values"], ref["unit"], item, superblock, hidden)

@@ -1,6 +1,7 @@
 """What the compiled kernels may cost. Limits guard against accidents; time on a device is the goal."""
 
 import dataclasses
+from collections.abc import Mapping
 
 from pallas_kernels.svsk_matmul import triton_decode, triton_int8, triton_restore, triton_rows
 from pallas_kernels.svsk_matmul.tuning import FUSED_LIMIT
@@ -16,8 +17,8 @@ class Limit:
     wide_copies: bool
     """Whether codes come by 16-byte asynchronous copies."""
     reason: str
-    local: int = 0
-    """Instructions that access local memory: registers that did not suffice."""
+    spilled: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Bytes that may be kept in local memory for want of registers, by target; elsewhere none."""
 
 
 LIMITS: dict[tuple[str, int, bool], Limit] = {
@@ -32,8 +33,8 @@ LIMITS: dict[tuple[str, int, bool], Limit] = {
         registers=112,
         wide_copies=True,
         reason="three half2 operations per pair more than linear, 3.2 to 3.4; registers for the next scales; "
-        "sm_120: 80 of them, 12 bytes spilled",
-        local=3,
+        "on sm_120 ptxas keeps to 80",
+        spilled={"sm_120": 12},
     ),
     (triton_rows.NAME, 8, False): Limit(
         instructions=3.6,
@@ -63,8 +64,8 @@ LIMITS: dict[tuple[str, int, bool], Limit] = {
         instructions=7.4,
         registers=255,
         wide_copies=False,
-        reason="as linear, with the codebook's cubic; sm_89: 128 registers, 32 bytes spilled",
-        local=8,
+        reason="as linear, with the codebook's cubic; on sm_89 ptxas keeps to 128 registers",
+        spilled={"sm_89": 32},
     ),
     (triton_restore.NAME, FUSED_LIMIT, False): Limit(
         instructions=0.0,
