@@ -52,50 +52,56 @@ class Memory:
             value = held[name]
             return value if value.dtype == kind else value.view(kind)
 
+        def put(name, value):
+            held[name] = value if predicate.all() else np.where(predicate, value, bits(name, value.dtype))
+
         while at < len(lines):
             line, at = lines[at], at + 1
             if line.endswith(":"):
                 continue
+            predicate = np.full(lanes, True)
+            if line.startswith("@"):
+                name, line = line[1:].split(" ", 1)
+                predicate = ~held[name[1:]] if name.startswith("!") else held[name]
             operation, rest = line.split(" ", 1)
             names = re.findall(r"[$\w]+", rest)
-            if operation.startswith("@"):
-                predicate = held[operation[1:]]
-                if names[0] == "sub":
-                    value = bits(names[3], np.uint32)
-                    held[names[2]] = np.where(predicate, value - bits(names[4], np.uint32), value)
-                elif predicate.any():
+            if operation == "bra":
+                if predicate.any():
                     assert time.monotonic() < give_up, "waits for ever"
                     time.sleep(1e-4)
-                    at = lines.index(names[1] + ":")
+                    at = lines.index(names[0] + ":")
             elif operation == "mov.b64" and "{" in rest and rest.startswith("{"):
                 word = bits(names[2], U64)
-                held[names[0]] = word.astype(np.uint32).view(np.float32)
-                held[names[1]] = (word >> U64(32)).astype(np.uint32)
+                put(names[0], word.astype(np.uint32).view(np.float32))
+                put(names[1], (word >> U64(32)).astype(np.uint32))
             elif operation == "mov.b64" and "{" in rest:
                 low, high = (bits(name, np.uint32).astype(U64) for name in names[1:])
-                held[names[0]] = low | high << U64(32)
+                put(names[0], low | high << U64(32))
             elif operation in ("mov.b64", "mov.b32", "mov.f32"):
                 kind = {"mov.b64": U64, "mov.b32": np.uint32, "mov.f32": np.float32}[operation]
-                held[names[0]] = bits(names[1], kind)
+                put(names[0], bits(names[1], kind))
             elif operation == "cvt.u64.u32":
-                held[names[0]] = bits(names[1], np.uint32).astype(U64)
+                put(names[0], bits(names[1], np.uint32).astype(U64))
             elif operation == "add.u64":
-                held[names[0]] = bits(names[1], U64) + bits(names[2], U64)
+                put(names[0], bits(names[1], U64) + bits(names[2], U64))
+            elif operation == "sub.u32":
+                put(names[0], bits(names[1], np.uint32) - bits(names[2], np.uint32))
             elif operation == "add.f32":
-                held[names[0]] = bits(names[1], np.float32) + bits(names[2], np.float32)
+                put(names[0], bits(names[1], np.float32) + bits(names[2], np.float32))
             elif operation in ("setp.eq.u32", "setp.ne.u32"):
                 same = bits(names[1], np.uint32) == bits(names[2], np.uint32)
-                held[names[0]] = same if operation == "setp.eq.u32" else ~same
-            elif operation in ("selp.b64", "selp.f32"):
-                kind = U64 if operation == "selp.b64" else np.float32
-                held[names[0]] = np.where(held[names[3]], bits(names[1], kind), bits(names[2], kind))
+                put(names[0], same if operation == "setp.eq.u32" else ~same)
+            elif operation == "selp.f32":
+                values = (bits(name, np.float32) for name in names[1:3])
+                put(names[0], np.where(held[names[3]], *values))
             elif operation == "and.pred":
-                held[names[0]] = held[names[1]] & held[names[2]]
+                put(names[0], held[names[1]] & held[names[2]])
             elif operation == "st.relaxed.sys.global.b64":
-                self.boxes[self.place(held[names[0]])] = held[names[1]]
-                self.stores += 1
+                if predicate.any():
+                    self.boxes[self.place(held[names[0]][predicate])] = held[names[1]][predicate]
+                    self.stores += 1
             elif operation == "ld.relaxed.sys.global.b64":
-                held[names[0]] = self.boxes[self.place(held[names[1]])]
+                put(names[0], self.boxes[self.place(held[names[1]])])
             else:
                 raise AssertionError(f"unknown: {line}")
         return held["$0"].reshape(np.shape(inputs[0]))

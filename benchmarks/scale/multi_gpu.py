@@ -34,7 +34,7 @@ from benchmarks.scale.children import status_of
 SECONDS = {
     "decode": 300,
     "exchange": 120,
-    "kernels": 75,
+    "kernels": 150,
     "calibration": 90,
     "restore": 60,
     "quantization": 150,

@@ -22,8 +22,6 @@ RANKS = 16
 """Sidecar rows taken at a time for one row of x, whose programs wait for what they load."""
 RANKS_OF_MANY = 8
 """And for several, whose programs are so many that their registers count."""
-AT_ONCE = 4
-"""Blocks of rows up to which a program adds ranks up at once."""
 WIDTH = PLANES * PLANE
 """Columns that a program finishes: a superblock of the next product's x."""
 
@@ -161,17 +159,6 @@ def finishing(
         scale = plgpu.load(ref["v_scale"].at[unit.first + rank], mask=alive, other=0.0)
         return loaded(padded_rows + unit.first + rank, alive), scale
 
-    def at_once(i, y, unit):
-        ranks = (y.shape[0], at_a_time)
-        values, scale = load_t(unit, i * at_a_time + lax.broadcasted_iota(jnp.int32, ranks, 1))
-        t = summed(values) * scale
-        shape = (*y.shape, at_a_time)
-        row = unit.below[:, :, None] + lax.broadcasted_iota(jnp.int32, shape, 1)
-        rank = i * at_a_time + lax.broadcasted_iota(jnp.int32, shape, 2)
-        mask = rank < unit.count[:, :, None]
-        u = plgpu.load(ref["u"].at[unit.begin[:, :, None] + rank, row], mask=mask, other=0)
-        return y + jnp.sum(t[:, None, :] * u.astype(jnp.float32), axis=2)
-
     def load_u(unit: _Unit, rank: jax.Array, y: jax.Array) -> jax.Array:
         row = unit.below + lax.broadcasted_iota(jnp.int32, y.shape, 1)
         index = jnp.broadcast_to(unit.begin + rank, row.shape), row
@@ -190,18 +177,12 @@ def finishing(
             sums.append(y)
         return sums
 
-    def some(i, ys):
-        # The sum at once goes through shuffles, more than it saves in loads of V x for each row.
-        if len(ys) == 1 and len(ys[0]) <= AT_ONCE:
-            return [at_once(i, ys[0], units[0])]
-        return by_rank(i, ys)
-
     def finish() -> list[jax.Array]:
         ys = [summed(values) for values in found]
         if not units:
             return ys
         most = jnp.max(reduce(jnp.maximum, (unit.count for unit in units)))
-        return lax.fori_loop(0, lax.div(most + (at_a_time - 1), jnp.int32(at_a_time)), some, ys)
+        return lax.fori_loop(0, lax.div(most + (at_a_time - 1), jnp.int32(at_a_time)), by_rank, ys)
 
     return finish
 

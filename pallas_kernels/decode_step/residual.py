@@ -50,16 +50,17 @@ def _work(
     item = jnp.minimum(row, tokens - 1)
     column = plane_columns(superblock)
     inside = column < columns
-    finish = None
+    finish, total = None, None
     if product is not None:
         rows = [starts(superblock * WIDTH, PLANES, PLANE)]
         finish = finishing(ref, product, item, rows, PLANE, asm=not interpret)
+        if "turn" in ref:
+            total = over_devices(ref, item * (ref["squares"].shape[1] * WIDTH) + column)
     x = plgpu.load(ref["x"].at[item, column], mask=inside, other=0).astype(jnp.float32)
     scale = plgpu.load(ref["scale"].at[column], mask=inside, other=0).astype(jnp.float32)
     if finish is not None:
         [y] = finish()
-        if "turn" in ref:
-            y = over_devices(ref, y, item * (ref["squares"].shape[1] * WIDTH) + column)
+        y = y if total is None else total(y)
         x = jnp.where(inside, x + biased(ref, y, column, inside), 0.0)
     scaled = jnp.where(row < tokens, x * scale, 0.0)
     store_superblock(ref["values"], ref["unit"], row, superblock, scaled)

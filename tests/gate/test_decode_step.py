@@ -134,6 +134,13 @@ def test_the_fused_step_over_two_devices(batch, by_boxes):
     assert batch > 1 or "loop_reduce_fusion" not in text
     # XLA launches its own sums from the host, and between them everything else.
     assert bool(alone(program)) != by_boxes
+    # A thread has one number, which it sends to the other device, or would send to this one.
+    sends = [
+        sum(each.opcode.startswith("STG") and each.opcode.endswith("SYS") for each in kernel.instructions)
+        for kernel in program.kernels
+        if "residual" in kernel.name
+    ]
+    assert max(sends) == (2 if by_boxes else 0)
     check_nothing_large_moves(weights, text)
 
 
