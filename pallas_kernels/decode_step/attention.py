@@ -28,14 +28,18 @@ MOST_QUERIES = 16
 PROGRAMS = 128
 """Programs that fill a GPU."""
 MOST_SPLITS = 32
+SPLITS = 16
+"""Of the positions, beyond which another costs more to join than it saves, unless it has `BLOCKS`."""
+BLOCKS = 4
 NOTHING = -1e30
 """The largest score of no position."""
 
 
 def splits_of(capacity: int, programs: int) -> int:
     """Into how many parts the positions are split, a power of two, for so many programs without."""
-    most = min(MOST_SPLITS, 1 << (ceil_div(capacity, POSITIONS) - 1).bit_length())
-    return max(1, min(most, 1 << max(0, (PROGRAMS // programs).bit_length() - 1)))
+    blocks = 1 << (capacity // POSITIONS).bit_length() >> 1
+    wanted = 1 << (PROGRAMS // programs).bit_length() >> 1
+    return max(1, min(wanted, max(min(blocks, SPLITS), min(blocks // BLOCKS, MOST_SPLITS))))
 
 
 def keys_together(heads: Heads) -> int:

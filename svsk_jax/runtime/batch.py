@@ -92,7 +92,7 @@ def _group(
         texts[-1].take(np.asarray(tokens)[:, 0].tolist(), generator.stop_ids)
     assert together is not None
     together = generator.divided(together)
-    step = generator.compiled_step(together, sampling)
+    step, together = generator.compiled_step(together, sampling)
     start = time.perf_counter()
     tokens, together = step(together)
     while not all(text.finished for text in texts):

@@ -12,12 +12,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from svsk_jax.model import Decoder
-from svsk_jax.model.fused_step import why_not_fused
+from svsk_jax.model.fused_step import exchanges, why_not_fused
 from svsk_jax.parallel import DATA
+from svsk_jax.parallel.boxes import PeerBoxes, why_no_boxes
 from svsk_jax.parallel.decoder import ParallelDecoder
 from svsk_jax.runtime import steps
 from svsk_jax.runtime.detokenize import Detokenizer
-from svsk_jax.runtime.on_mesh import divided, prefill_on_mesh, step_on_mesh
+from svsk_jax.runtime.on_mesh import divided, prefill_on_mesh, step_on_mesh, texts_of_device
 from svsk_jax.runtime.sampling import SamplingConfig
 
 DEFAULT_CAPACITY = 4096
@@ -80,6 +81,7 @@ class TextGenerator:
         fused: whether tokens come by the decode step of few kernels, in bursts.
         why_not_fused: why they don't, or None.
         copies: of the model, which may take different texts: the size of the mesh's `data` axis.
+        boxes: by which GPUs add up within the kernels of the fused step, or None: XLA adds up.
 
     Raises:
         ValueError: a capacity below 2 or above the model's context.
@@ -108,7 +110,12 @@ class TextGenerator:
         self.why_not_fused = why_not_fused(here)
         self.fused = self.why_not_fused is None
         self.copies = 1
-        self.mesh = model.mesh if isinstance(model, ParallelDecoder) else None
+        self.mesh = mesh = model.mesh if isinstance(model, ParallelDecoder) else None
+        self.boxes: PeerBoxes | None = None
+        if self.fused and mesh is not None and why_no_boxes(mesh) is None:
+            self.boxes = PeerBoxes(mesh)
+        self._exchanges = partial(exchanges, here)
+        self._rehearsed: set[tuple[int, bool]] = set()
         slots = steps.slots_for(self.capacity) if self.fused else self.capacity
         prefill = partial(steps.prefill, structure, slots)
         step = partial(steps.fused_steps if self.fused else steps.step, structure)
@@ -180,20 +187,40 @@ class TextGenerator:
 
     def compiled_step(
         self, state: steps.State, sampling: SamplingConfig
-    ) -> Callable[[steps.State], tuple[jax.Array, steps.State]]:
-        """The compiled step for states like this one: tokens, int32 [burst, b], and the next state. It takes
-        the state's place in memory."""
-        static: dict[str, Any] = {"greedy": sampling.temperature == 0} if self.fused else {}
+    ) -> tuple[Callable[[steps.State], tuple[jax.Array, steps.State]], steps.State]:
+        """The compiled step for states like this one, and the state to begin with, in the place of the one
+        given. A step gives tokens, int32 [burst, b], and the next state, which takes the state's place in
+        memory."""
+        greedy = sampling.temperature == 0
+        static: dict[str, Any] = {"greedy": greedy} if self.fused else {}
         key, numbers = jax.random.key(sampling.seed), sampling.numbers
-        self._step.lower(self._leaves, state, key, numbers, **static).compile()
-        return lambda state: self._step(self._leaves, state, key, numbers, **static)
+        boxes, turns = self.boxes, 0
+        if boxes is not None and self.mesh is not None:
+            turns = steps.BURST * self._exchanges(texts_of_device(self.mesh, state))
+        if boxes is None or not turns:
+            self._step.lower(self._leaves, state, key, numbers, **static).compile()
+            return lambda state: self._step(self._leaves, state, key, numbers, **static), state
+
+        def step(state: steps.State, *, wait: bool = True) -> tuple[jax.Array, steps.State]:
+            return self._step(self._leaves, state, key, numbers, boxes.take(turns, wait=wait), **static)
+
+        form = len(state.tokens), greedy
+        if form not in self._rehearsed:
+            # Nothing reads the positions behind a text, where this leaves what means nothing.
+            lengths, tokens = jnp.copy(state.lengths), jnp.copy(state.tokens)
+            _, after = jax.block_until_ready(step(state, wait=False))
+            state = after._replace(lengths=lengths, tokens=tokens)
+            self._rehearsed.add(form)
+        return step, state
 
     def _pieces(
         self, prompt_ids: list[int], budget: int, sampling: SamplingConfig
     ) -> Generator[str, None, GenerationResult]:
         detokenizer = Detokenizer(self.tokenizer, prompt_ids)
         prefill_seconds, tokens, state = self.prefill(prompt_ids, sampling)
-        step = self.compiled_step(state, sampling) if budget > 1 else None
+        step = None
+        if budget > 1:
+            step, state = self.compiled_step(state, sampling)
 
         ids: list[int] = []
         pieces: list[str] = []

@@ -55,6 +55,11 @@ def divided(mesh: Mesh, state: State) -> State:
     return jax.device_put(state, State(*shardings))
 
 
+def texts_of_device(mesh: Mesh, state: State) -> int:
+    """How many of a state's texts a step has on each device."""
+    return state.tokens.shape[0] // (1 if _batch(mesh, state) is None else mesh.shape[DATA])
+
+
 def _batch(mesh: Mesh, state: State) -> str | None:
     """The logical axis of a state's texts; None where each device takes all."""
     texts, devices = state.tokens.shape[0], mesh.shape[DATA]

@@ -119,17 +119,35 @@ def test_what_does_not_divide_is_named():
         load_model(PackedSource(narrow), mesh=make_mesh(2, 4))
 
 
+class EmulatedBoxes:
+    """As `PeerBoxes`, in an emulated memory."""
+
+    def __init__(self, mesh):
+        self.turn, self.rehearsals = 1, 0
+
+    def take(self, exchanges, *, wait=True):
+        turn, self.turn = self.turn, self.turn + exchanges
+        self.rehearsals += not wait
+        return boxes_of(2, turn, 1 << 24 if wait else 0)
+
+
 @pytest.fixture(scope="module")
 def generators():
-    """Of a packed model alone and over a mesh, by the fused step in interpret mode."""
+    """Of a packed model alone, over a mesh, and over one whose devices add up through boxes, by the fused
+    step in interpret mode."""
     config = dataclasses.replace(PACKED, hidden_size=64)
     source = PackedSource(config, ranks=(0, 3), tile=(64, 0))
     with pytest.MonkeyPatch.context() as patch:
+        emulate(patch, Memory(2))
         patch.setattr(generate_module, "why_not_fused", lambda model: None)
         patch.setattr(steps, "fused_steps", partial(steps.fused_steps, interpret=True))
-        alone = Decoder(config, laid_out(source.parameters))
-        spread = load_parallel(source, jnp.float32, make_mesh(2, 2), lay_out=laid_out)
-        return [TextGenerator(model, byte_tokenizer(), capacity=40) for model in (alone, spread)]
+        models = [Decoder(config, laid_out(source.parameters))]
+        meshes = make_mesh(2, 2), make_mesh(1, 2, jax.devices()[:2])
+        models += [load_parallel(source, jnp.float32, mesh, lay_out=laid_out) for mesh in meshes]
+        made = [TextGenerator(model, byte_tokenizer(), capacity=40) for model in models[:2]]
+        patch.setattr(generate_module, "why_no_boxes", lambda mesh: None)
+        patch.setattr(generate_module, "PeerBoxes", EmulatedBoxes)
+        yield [*made, TextGenerator(models[2], byte_tokenizer(), capacity=40)]
 
 
 @pytest.mark.parametrize("small_sum", [0, 1 << 18])
@@ -194,9 +212,18 @@ def test_greedy_text_by_the_decoder_as_it_is():
 
 
 def test_texts_by_the_fused_step(generators):
-    alone, spread = generators
+    alone, spread, exchanging = generators
     assert (alone.copies, spread.copies) == (1, 2)
     expected = [alone.generate(prompt, max_tokens=12).token_ids for prompt in PROMPTS]
     together = generate_batch(spread, PROMPTS, max_tokens=12)
     assert [each.token_ids for each in together] == expected
     assert len(set(expected[0])) > 2
+    assert spread.boxes is None
+    # A program for one text and one for several, each of which runs once without waiting.
+    found = [exchanging.generate(prompt, max_tokens=12).token_ids for prompt in PROMPTS]
+    assert found == expected
+    assert exchanging.boxes.rehearsals == 1
+    for _ in range(2):
+        together = generate_batch(exchanging, PROMPTS, max_tokens=12)
+        assert [each.token_ids for each in together] == expected
+    assert exchanging.boxes.rehearsals == 2
