@@ -71,7 +71,7 @@ def _attend(
     # The new position is at `slot`; those before it are read from the cache.
     length = plgpu.load(ref["lengths"].at[item])
     finish = finishing_heads(
-        ref, head, item, product=product, heads=heads, columns=columns, eps=eps, asm=not interpret
+        ref, head, item, product=product, heads=heads, columns=columns, eps=eps, threads=32 * WARPS
     )
     slot = jnp.minimum(length, capacity - 1)
     begin = jnp.maximum(length + 1 - window, 0)

@@ -23,7 +23,8 @@ from pallas_kernels.svsk_matmul.triton_operands import Refs, abstract
 from pallas_kernels.svsk_matmul.triton_prepare import Prepared, abstract_prepared, store_superblock
 
 NAME = "svsk_gated"
-WARPS = 8
+WARPS, WARPS_OF_MANY = 8, 4
+"""Of a program: for one token and for several."""
 
 
 def _work(
@@ -34,14 +35,14 @@ def _work(
     product: Product,
     columns: int,
     eps: float,
-    interpret: bool,
+    warps: int,
 ) -> None:
     width = product.weight.rows[0]
     column = plane_columns(superblock)
     inside = column < width
     # Beyond the gate's padded rows lie the first of up: what is read of them is masked below.
     rows = [starts(first + superblock * WIDTH, PLANES, PLANE) for first in (0, padded(width))]
-    finish = finishing(ref, product, item, rows, PLANE, asm=not interpret)
+    finish = finishing(ref, product, item, rows, PLANE, threads=32 * warps)
     squares = load_squares(ref, item)
     norm = inverse_rms(squares, columns, eps)
     gate, up = (y * norm for y in finish())
@@ -70,16 +71,17 @@ def finish_gated(
     """
     m = squares.shape[0]
     superblocks = ceil_div(product.weight.rows[0], WIDTH)
+    warps = WARPS if m == 1 else WARPS_OF_MANY
     operands = {"squares": squares, **product.operands}
     shapes = abstract_prepared(m, superblocks)._asdict()
     values, unit = launch(
-        partial(_work, product=abstract(product), columns=columns, eps=eps, interpret=interpret),
+        partial(_work, product=abstract(product), columns=columns, eps=eps, warps=warps),
         NAME,
         operands,
         shapes,
         programs=superblocks,
         rows=m,
-        warps=WARPS,
+        warps=warps,
         interpret=interpret,
     )
     return Prepared(values, unit)

@@ -48,7 +48,7 @@ def finishing_heads(
     heads: Heads,
     columns: int,
     eps: float,
-    asm: bool,
+    threads: int,
 ) -> Callable[[], tuple[jax.Array, jax.Array]]:
     """Within a kernel: begin to load the queries of a key head, their key and their value, at the new
     position, and return what finishes them.
@@ -61,7 +61,7 @@ def finishing_heads(
         heads: their numbers.
         columns: d, of the residual stream.
         eps: of the RMSNorms.
-        asm: inline assembly.
+        threads: of the program.
 
     Returns:
         The first and the second half of each head, f32 [rows, dim / 2]: queries from row 0, the key at
@@ -75,7 +75,7 @@ def finishing_heads(
     starts = [jnp.where(known, place * heads.dim + side, product.weight.padded_rows) for side in (0, half)]
     # A head of two blocks of rows, at an even place.
     shared = product.weight.paired and half == ROW_UNIT
-    finish = finishing(ref, product, item, starts, half, shared=shared, asm=asm)
+    finish = finishing(ref, product, item, starts, half, shared=shared, threads=threads)
     squares = load_squares(ref, item)
     turn = lax.broadcasted_iota(jnp.int32, (rows, half), 1)
     row = lax.broadcasted_iota(jnp.int32, (rows, half), 0)

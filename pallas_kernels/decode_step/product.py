@@ -11,17 +11,15 @@ from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.svsk_matmul import triton_decode, triton_rows
+from pallas_kernels.svsk_matmul.layout import ceil_div
 from pallas_kernels.svsk_matmul.triton_layout import PLANE, ROW_UNIT, TritonWeight
 from pallas_kernels.svsk_matmul.triton_operands import Refs
-from pallas_kernels.svsk_matmul.triton_planes import fma_f32
 from pallas_kernels.svsk_matmul.triton_prepare import PLANES, Prepared
 from pallas_kernels.svsk_matmul.tuning import batch_of, configuration
 from pallas_kernels.svsk_matmul.types import Leaf
 
 RANKS = 16
-"""Sidecar rows taken at a time for one row of x, whose programs wait for what they load."""
-RANKS_OF_MANY = 8
-"""And for several, whose programs are so many that their registers count."""
+"""Rows of the sidecar that are taken at a time."""
 WIDTH = PLANES * PLANE
 """Columns that a program finishes: a superblock of the next product's x."""
 
@@ -114,7 +112,7 @@ def finishing(
     width: int,
     *,
     shared: bool = False,
-    asm: bool,
+    threads: int,
 ) -> Callable[[], list[jax.Array]]:
     """Within a kernel: begin to load rows of y of one row of x, and return what finishes them: without bias,
     f32 [h, width] for each of `starts`. What is loaded between is on its way at the same time.
@@ -127,62 +125,69 @@ def finishing(
             rows of the weight on there are zeros.
         width: of rows.
         shared: whether all starts need the same rows of V.
-        asm: inline assembly.
+        threads: of the program. A row of y has one thread, if there are no more than rows.
     """
     padded_rows = product.weight.padded_rows
-    at_a_time = RANKS if product.parts.shape[1] == 1 else RANKS_OF_MANY
-
-    def loaded(row: jax.Array, mask: jax.Array) -> list[jax.Array]:
-        return [
-            plgpu.load(ref["parts"].at[jnp.int32(part), item, row], mask=mask, other=0.0)
-            for part in range(product.parts.shape[0])
-        ]
-
-    def summed(values: list[jax.Array]) -> jax.Array:
-        return sum(values[1:], values[0])
 
     found: list[list[jax.Array]] = []
     units: list[_Unit] = []
     for start in starts:
         alive = start < padded_rows
         row = start + lax.broadcasted_iota(jnp.int32, (start.shape[0], width), 1)
-        found.append(loaded(row, jnp.broadcast_to(alive, row.shape)))
+        mask = jnp.broadcast_to(alive, row.shape)
+        found.append(
+            [
+                plgpu.load(ref["parts"].at[jnp.int32(part), item, row], mask=mask, other=0.0)
+                for part in range(product.parts.shape[0])
+            ]
+        )
         if "u" in ref:
             unit = lax.div(start, jnp.int32(ROW_UNIT))
             ranges = (plgpu.load(ref["ranges"].at[unit, jnp.int32(i)], mask=alive, other=0) for i in range(3))
-            # Known to be zero, the first row lets U be loaded 16 bytes at a time.
+            # The compiler does not know what the remainder is a multiple of.
             below = jnp.zeros_like(start) if width == ROW_UNIT else lax.rem(start, jnp.int32(ROW_UNIT))
             units.append(_Unit(below, *ranges))
 
-    def load_t(unit: _Unit, rank: jax.Array) -> tuple[list[jax.Array], jax.Array]:
-        alive = rank < unit.count
-        scale = plgpu.load(ref["v_scale"].at[unit.first + rank], mask=alive, other=0.0)
-        return loaded(padded_rows + unit.first + rank, alive), scale
+    def load_u(i: jax.Array, y: jax.Array, unit: _Unit) -> jax.Array:
+        """int8 [ranks, h, width]."""
+        shape = (RANKS, *y.shape)
+        rank = i * RANKS + lax.broadcasted_iota(jnp.int32, shape, 0)
+        # A thread loads as many rows at once as it has of y, and then all ranks of them: the compiler would
+        # take 16 rows, and other ranks in other threads. It does not know that this is zero.
+        zero = jnp.minimum(unit.count, 0) * max(1, y.size // threads)
+        row = (unit.below + zero)[None] + lax.broadcasted_iota(jnp.int32, shape, 2)
+        return plgpu.load(ref["u"].at[unit.begin[None] + rank, row], mask=rank < unit.count[None], other=0)
 
-    def load_u(unit: _Unit, rank: jax.Array, y: jax.Array) -> jax.Array:
-        row = unit.below + lax.broadcasted_iota(jnp.int32, y.shape, 1)
-        index = jnp.broadcast_to(unit.begin + rank, row.shape), row
-        return plgpu.load(ref["u"].at[index], mask=jnp.broadcast_to(rank < unit.count, row.shape), other=0)
+    def load_t(i: jax.Array, unit: _Unit) -> jax.Array:
+        """V x, f32 [ranks, h]."""
+        parts, h = product.parts.shape[0], unit.count.shape[0]
+        # Smaller tensors are loaded whole by every thread that needs a part of them.
+        enough = ceil_div(threads, RANKS * h)
+        shape = (1 << (max(parts, enough) - 1).bit_length(), RANKS, h)
+        part, rank = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+        first, count = (each.T[None] for each in (unit.first, unit.count))
+        rank = i * RANKS + rank
+        alive = (rank < count) & (part < parts)
+        scale = plgpu.load(ref["v_scale"].at[first + rank], mask=alive, other=0.0)
+        index = part, item, padded_rows + first + rank
+        return jnp.sum(scale * plgpu.load(ref["parts"].at[index], mask=alive, other=0.0), axis=0)
 
-    def by_rank(i, ys):
-        # All loads come before the first sum.
-        ranks = [i * at_a_time + rank for rank in range(at_a_time)]
-        us = [[load_u(unit, rank, y) for rank in ranks] for y, unit in zip(ys, units, strict=True)]
-        ts = [[load_t(unit, rank) for rank in ranks] for unit in units[: 1 if shared else None]]
-        ts = [[summed(values) * scale for values, scale in t] for t in ts]
-        sums = []
-        for y, u, t in zip(ys, us, ts * len(ys) if shared else ts, strict=True):
-            for one_u, one_t in zip(u, t, strict=True):
-                y = fma_f32(jnp.broadcast_to(one_t, y.shape), one_u.astype(jnp.float32), y, asm=asm)
-            sums.append(y)
-        return sums
+    def some(i, ys):
+        # All loads of U come before the first sum.
+        us = [load_u(i, y, unit) for y, unit in zip(ys, units, strict=True)]
+        ts = [load_t(i, unit) for unit in units[: 1 if shared else None]]
+        ts = ts * len(ys) if shared else ts
+        return [
+            y + jnp.sum(t[:, :, None] * u.astype(jnp.float32), axis=0)
+            for y, u, t in zip(ys, us, ts, strict=True)
+        ]
 
     def finish() -> list[jax.Array]:
-        ys = [summed(values) for values in found]
+        ys = [sum(values[1:], values[0]) for values in found]
         if not units:
             return ys
         most = jnp.max(reduce(jnp.maximum, (unit.count for unit in units)))
-        return lax.fori_loop(0, lax.div(most + (at_a_time - 1), jnp.int32(at_a_time)), by_rank, ys)
+        return lax.fori_loop(0, lax.div(most + (RANKS - 1), jnp.int32(RANKS)), some, ys)
 
     return finish
 

@@ -27,7 +27,8 @@ from pallas_kernels.svsk_matmul.triton_operands import Refs, abstract
 from pallas_kernels.svsk_matmul.triton_prepare import Prepared, abstract_prepared, store_superblock
 
 NAME = "svsk_residual"
-WARPS = 8
+WARPS, WARPS_OF_MANY = 8, 4
+"""Of a program: for one token, where a column has a thread, and for several."""
 
 
 class Residual(NamedTuple):
@@ -42,9 +43,7 @@ class Residual(NamedTuple):
     what is made of it: W (x · scale) / rms = W norm(x)."""
 
 
-def _work(
-    ref: Refs, superblock: jax.Array, row: jax.Array, *, product: Product | None, interpret: bool
-) -> None:
+def _work(ref: Refs, superblock: jax.Array, row: jax.Array, *, product: Product | None, warps: int) -> None:
     tokens, columns = ref["x"].shape
     # Rows that only fill up the next product's batch are zero.
     item = jnp.minimum(row, tokens - 1)
@@ -53,7 +52,7 @@ def _work(
     finish, total = None, None
     if product is not None:
         rows = [starts(superblock * WIDTH, PLANES, PLANE)]
-        finish = finishing(ref, product, item, rows, PLANE, asm=not interpret)
+        finish = finishing(ref, product, item, rows, PLANE, threads=32 * warps)
         if "turn" in ref:
             total = over_devices(ref, item * (ref["squares"].shape[1] * WIDTH) + column)
     x = plgpu.load(ref["x"].at[item, column], mask=inside, other=0).astype(jnp.float32)
@@ -109,6 +108,8 @@ def finish_residual(
     sums = None if product is None else boxes
     operands |= {} if sums is None else sums.operands
     rows = m if rows is None else rows
+    # Numbers that go to other devices have a thread each too.
+    warps = WARPS if m == 1 or sums is not None else WARPS_OF_MANY
     shapes = {
         "out": jax.ShapeDtypeStruct((m, d), jnp.float32),
         "squares": jax.ShapeDtypeStruct((m, superblocks), jnp.float32),
@@ -116,13 +117,13 @@ def finish_residual(
         **({"next": jax.ShapeDtypeStruct((1,), jnp.int32)} if sums is not None else {}),
     }
     out, squares, values, unit, *turn = launch(
-        partial(_work, product=None if product is None else abstract(product), interpret=interpret),
+        partial(_work, product=None if product is None else abstract(product), warps=warps),
         NAME,
         operands,
         shapes,
         programs=superblocks,
         rows=rows,
-        warps=WARPS,
+        warps=warps,
         interpret=interpret,
     )
     if sums is not None:
