@@ -35,6 +35,7 @@ from svsk_jax.pipeline.measuring import Measuring
 from svsk_jax.pipeline.memory import Machine, MemoryPlan, chunk_length, plan_calibration
 from svsk_jax.pipeline.progress import OnProgress, Stopwatch
 from svsk_jax.pipeline.run import CalibrationRun, discard, unfinished_run
+from svsk_jax.quant.half_moment import half_size
 from svsk_jax.quant.types import SENSITIVITY_TILE
 from svsk_jax.storage.atomic import recover
 from svsk_jax.storage.behind import OneBehind
@@ -251,7 +252,7 @@ def _layer_bytes(model: ModelConfig, index: int, calibration: CalibrationConfig)
     widths = input_widths(model, index).values()
     if calibration.moments == "diagonal":
         return 4 * sum(widths)
-    moments = sum(width * width for width in widths)
+    moments = sum(half_size(width) for width in widths)
     blocks = 0
     if calibration.measures_sensitivity:
         heights = [n for n, _ in layer_linears(model, index).values()]

@@ -15,6 +15,7 @@ from svsk_jax.model.parameters import linear_inputs
 from svsk_jax.parallel.groups import DeviceGroups
 from svsk_jax.parallel.read_ahead import ReadAhead
 from svsk_jax.pipeline.working_sets import AHEAD
+from svsk_jax.quant.half_moment import HalfMoment, whole_moment
 from svsk_jax.quant.joint import input_metric, output_metric, plain_output_metric
 from svsk_jax.quant.row_parts import InputMetric, OutputMetric
 from svsk_jax.quant.types import InputMoment, OutputSensitivity, QuantConfig
@@ -25,8 +26,8 @@ Metrics = tuple[InputMetric, OutputMetric]
 class OfInput(NamedTuple):
     """What was measured of an input and of the linears that read it."""
 
-    moment: InputMoment
-    weighted: InputMoment | None
+    moment: InputMoment | HalfMoment
+    weighted: InputMoment | HalfMoment | None
     sensitivities: dict[str, OutputSensitivity]
 
 
@@ -104,7 +105,7 @@ def layer_statistics(
     strong = config.scales == "two_level"
     for source, names in _sharing(reads).items():
         moment, by_token, felt = ahead.take((index, source))
-        moment, felt = jax.device_put((moment, felt))
+        moment, felt = jax.device_put((whole_moment(moment), felt))
         # The weighted moment stays on the host: on the device it would be one [K, K] more.
         inputs = input_metric(moment, by_token, config) if strong else None
         del by_token

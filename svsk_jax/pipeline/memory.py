@@ -28,6 +28,7 @@ from svsk_jax.pipeline.working_sets import (
     layer_weights,
     moment_bytes,
     outer_weights,
+    stored_moment_bytes,
     tail_weights,
     text_bytes,
 )
@@ -232,14 +233,19 @@ def _calibration(
     batches = -(-calibration.chunks // (batch * machine.devices))
     here = batches * of_batch if streams == "devices" else min(batches, 3) * of_batch
     widths, tokens = Widths.of(model), batch * length
-    moments = moment_bytes(model, calibration.moments == "full")
+    full = calibration.moments == "full"
+    moments, stored = moment_bytes(model, full), stored_moment_bytes(model, full)
     layer, outer = size * layer_weights(model), size * outer_weights(model)
     if machine.shares_host:
-        # One is read ahead. Sums, what a batch adds, the last layer's: on each device, and being written.
-        weights, sums = (1 + copies) * layer, (3 * copies + 2) * moments
+        # One is read ahead. Sums and what a batch adds, on each device; this layer's halves as they are made
+        # and put together, and the last one's, which are being written.
+        weights, sums = (1 + copies) * layer, 2 * copies * moments + 3 * stored
         loading = outer + batches * of_batch
     else:
-        weights, sums = 2 * layer, 3 * moments // machine.model
+        # The last layer's halves lie on one device until they are written: beside a batch's sums, or this
+        # layer's as they are made, and put together of several devices' parts.
+        shared, parts = moments // machine.model, stored if machine.model > 1 else 0
+        weights, sums = 2 * layer, max(2 * shared + stored, shared + 2 * stored + parts)
         loading = 0
     walking = here + weights + sums + copies * widths.forwards(tokens, length, size)
     peaks = {"text": text} if text else {}
@@ -261,7 +267,7 @@ def _calibration(
         )
         logits, tail = widths.head(length, model.vocab_size, machine.platform), size * tail_weights(model)
         # The last layer's moments are still being written.
-        beside = outer if machine.shares_host else moments // machine.model
+        beside = outer if machine.shares_host else stored
         # An accelerator was seen to take the head a second time, as if for trials.
         tails = copies if machine.shares_host else 2
         head = here + gradients + beside + tails * tail + copies * logits
