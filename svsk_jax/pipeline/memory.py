@@ -21,6 +21,7 @@ from svsk_jax.model.config import ModelConfig
 from svsk_jax.parallel import MODEL, make_mesh
 from svsk_jax.pipeline.checks import default_dtype
 from svsk_jax.pipeline.working_sets import (
+    WRITTEN_AT_ONCE,
     Widths,
     ahead_bytes,
     block_bytes,
@@ -235,17 +236,18 @@ def _calibration(
     widths, tokens = Widths.of(model), batch * length
     full = calibration.moments == "full"
     moments, stored = moment_bytes(model, full), stored_moment_bytes(model, full)
+    written = WRITTEN_AT_ONCE * stored
     layer, outer = size * layer_weights(model), size * outer_weights(model)
     if machine.shares_host:
         # One is read ahead. Sums and what a batch adds, on each device; this layer's halves as they are made
-        # and put together, and the last one's, which are being written.
-        weights, sums = (1 + copies) * layer, 2 * copies * moments + 3 * stored
+        # and put together, and those that are being written.
+        weights, sums = (1 + copies) * layer, 2 * copies * moments + 2 * stored + written
         loading = outer + batches * of_batch
     else:
-        # The last layer's halves lie on one device until they are written: beside a batch's sums, or this
-        # layer's as they are made, and put together of several devices' parts.
+        # Halves lie on one device until they are written: beside a batch's sums, or this layer's halves as
+        # they are made, and put together of several devices' parts.
         shared, parts = moments // machine.model, stored if machine.model > 1 else 0
-        weights, sums = 2 * layer, max(2 * shared + stored, shared + 2 * stored + parts)
+        weights, sums = 2 * layer, max(2 * shared, shared + stored + parts) + written
         loading = 0
     walking = here + weights + sums + copies * widths.forwards(tokens, length, size)
     peaks = {"text": text} if text else {}
@@ -256,7 +258,8 @@ def _calibration(
         # Gradients of what is kept, and the streams that they are made from.
         kept_batches = -(-fisher // (batch * machine.devices))
         gradients = kept_batches * of_batch if streams == "devices" else min(kept_batches, 3) * of_batch
-        blocks = (3 * copies + 1 if machine.shares_host else 3) * block_bytes(model)
+        # As of the moments: sums and what a batch adds, and on a CPU, whose devices all add up, what that gives.
+        blocks = ((3 * copies if machine.shares_host else 2) + WRITTEN_AT_ONCE) * block_bytes(model)
         back = (
             gradients
             + weights
@@ -266,8 +269,8 @@ def _calibration(
             )
         )
         logits, tail = widths.head(length, model.vocab_size, machine.platform), size * tail_weights(model)
-        # The last layer's moments are still being written.
-        beside = outer if machine.shares_host else stored
+        # The last layers' moments are still being written.
+        beside = outer if machine.shares_host else written
         # An accelerator was seen to take the head a second time, as if for trials.
         tails = copies if machine.shares_host else 2
         head = here + gradients + beside + tails * tail + copies * logits

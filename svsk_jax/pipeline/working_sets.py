@@ -19,6 +19,9 @@ from svsk_jax.quant.types import SENSITIVITY_TILE
 AHEAD = 3
 """Inputs of linears whose statistics are read ahead for each layer at work: with the one at hand, all of a
 dense layer's."""
+WRITTEN_AT_ONCE = 2
+"""Layers whose statistics are being written while the next one is measured: one is hashed while the other is
+waited for by the disk."""
 WORKING_COPIES = 12
 """f32 [N, K] arrays alive at once while a linear is rounded: W, its two best forms, and what the compiled
 search, feedback and fit keep."""
