@@ -258,7 +258,7 @@ def _calibration(
         # Gradients of what is kept, and the streams that they are made from.
         kept_batches = -(-fisher // (batch * machine.devices))
         gradients = kept_batches * of_batch if streams == "devices" else min(kept_batches, 3) * of_batch
-        # As of the moments: sums and what a batch adds, and on a CPU, whose devices all add up, what that gives.
+        # Sums, what a batch adds, on each device of a CPU what that gives, and what is being written.
         blocks = ((3 * copies if machine.shares_host else 2) + WRITTEN_AT_ONCE) * block_bytes(model)
         back = (
             gradients
