@@ -3,7 +3,6 @@
 import functools
 import itertools
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -69,13 +68,7 @@ def statistics_ahead(
         index, source = item
         moments, weighted, felt = files(index)
         names = [name for name in _sharing(linear_inputs(model, index))[source] if name in felt]
-        # Most of reading is comparing digests, which takes a core for each file.
-        with ThreadPoolExecutor(max_workers=2) as other:
-            by_token, of_outputs = (
-                other.submit(weighted.get, source),
-                other.submit(lambda: {name: felt[name] for name in names}),
-            )
-            return OfInput(moments[source], by_token.result(), of_outputs.result())
+        return OfInput(moments[source], weighted.get(source), {name: felt[name] for name in names})
 
     own = groups.own(model.num_layers)
     items = []
