@@ -99,7 +99,7 @@ def layer_statistics(
     for source, names in _sharing(reads).items():
         moment, by_token, felt = ahead.take((index, source))
         moment, felt = jax.device_put((whole_moment(moment), felt))
-        # The weighted moment stays on the host: on the device it would be one [K, K] more.
+        # The weighted moment stays on the host, a half, until it is mixed in: it would be one [K, K] more.
         inputs = input_metric(moment, by_token, config) if strong else None
         del by_token
         for name in names:
