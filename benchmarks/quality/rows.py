@@ -24,6 +24,7 @@ from svsk_jax.model.linear import to_dense
 from svsk_jax.model.parameters import LINEAR_INPUTS, QUANTIZED_LINEARS
 from svsk_jax.quant.codebook import LINEAR, decode
 from svsk_jax.quant.error_feedback import feedback
+from svsk_jax.quant.half_moment import whole_moment
 from svsk_jax.quant.metric import inverse_factor
 from svsk_jax.quant.types import InputMoment
 from svsk_jax.storage.atomic import output_folder, write_json
@@ -130,7 +131,8 @@ def quantize_rows(
         with output_folder(output / name, overwrite=True, marker=MARKER) as folder:
             total = padding = 0
             for index in range(source.config.num_layers):
-                parameters, moments = source.layer(index, np.float32), statistics.layer(index)
+                parameters = source.layer(index, np.float32)
+                moments = {name: whole_moment(each) for name, each in statistics.layer(index).items()}
                 restored: dict[str, np.ndarray] = {}
                 for linear in QUANTIZED_LINEARS:
                     W = np.asarray(parameters[f"{linear}.weight"], np.float32)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Float32
 from svsk_jax.model.decoder import DecoderLayer
 from svsk_jax.model.experts import Experts
 from svsk_jax.model.parameters import EXPERT_INPUTS, EXPERTS, expert
+from svsk_jax.quant.half_moment import HalfMoment
 from svsk_jax.quant.types import InputMoment, OutputSensitivity
 
 INPUTS = tuple(f"{EXPERTS}.{name}" for name in dict.fromkeys(EXPERT_INPUTS.values()))
@@ -99,26 +100,29 @@ class Routed:
         return total
 
 
-def moments_by_expert(moments: Mapping[str, InputMoment]) -> tuple[dict[str, InputMoment], Starved]:
-    """A layer's moments with each expert's in place of the stacks.
+def moments_by_expert(
+    moments: Mapping[str, InputMoment | HalfMoment],
+) -> tuple[dict[str, InputMoment | HalfMoment], Starved]:
+    """A layer's moments, as they are stored, with each expert's in place of the stacks.
 
     A full [K, K] moment is an expert's own if it has at least K tokens: of fewer the sum is singular, and
     what error feedback makes of it is the damping alone. Diagonals need 32 tokens. An expert with fewer gets
     the pooled moment of all experts of its layer, every token counted once for each expert that it went to.
     """
-    named: dict[str, InputMoment] = {}
+    named: dict[str, InputMoment | HalfMoment] = {}
     starved: Starved = {}
     for name, moment in moments.items():
         if name not in INPUTS:
             named[name] = moment
             continue
         totals, counts = np.asarray(moment.total), np.asarray(moment.tokens)
-        needed = totals.shape[-1] if totals.ndim == 3 else FEWEST_TOKENS
-        pooled = InputMoment(total=totals.sum(0), tokens=np.asarray(counts.sum(), counts.dtype))
+        needed = moment.width if isinstance(moment, HalfMoment) else FEWEST_TOKENS
+        kept = type(moment)
+        pooled = kept(total=totals.sum(0), tokens=np.asarray(counts.sum(), counts.dtype))
         kind = name.removeprefix(f"{EXPERTS}.")
         for number, tokens in enumerate(counts):
             enough = tokens >= needed
-            own = InputMoment(total=totals[number], tokens=np.asarray(tokens))
+            own = kept(total=totals[number], tokens=np.asarray(tokens))
             named[expert(number, kind)] = own if enough else pooled
             if not enough:
                 starved.setdefault(kind, []).append(number)

@@ -22,13 +22,14 @@ from svsk_jax.calibration.sensitivity import (
     weighted_moments,
 )
 from svsk_jax.calibration.statistics import (
-    Moments,
     MomentSums,
+    StoredMoments,
     add_up,
     embed_batches,
     layer_moments,
     masks,
     no_moments,
+    to_store,
 )
 from svsk_jax.calibration.streams import Streams
 from svsk_jax.model.decoder import DecoderLayer, Tail
@@ -104,9 +105,9 @@ class Walk:
 
     def forwards(
         self, full: bool, keep: BlockInputs | None = None, keep_chunks: int = 0, first: int = 0
-    ) -> Iterator[tuple[int, Moments]]:
-        """(index, moments) of each layer, which may still be being computed; `streams` are those after it,
-        and end up after the last one.
+    ) -> Iterator[tuple[int, StoredMoments]]:
+        """(index, moments) of each layer, full ones as lower halves; they may still be being computed.
+        `streams` are those after the layer, and end up after the last one.
 
         Args:
             full: whole second moments rather than their diagonals.
@@ -120,6 +121,7 @@ class Walk:
         for index, sums in self._forwards(range(first, self._num_layers), self.masks, full, keep):
             moments = add_up(sums, self.mesh, full)
             del sums
+            moments = to_store(moments, full)
             last = _wait_for(last, moments)
             yield index, moments
 
@@ -166,9 +168,10 @@ class Walk:
                 first = batch * self.batch_chunks
                 self.gradients.put(batch, head_gradient(tail, x, counted[batch], seed, first, self.mesh))
 
-    def backwards(self, kept: BlockInputs, layers: int) -> Iterator[tuple[int, Sensitivities, Moments]]:
-        """(index, sensitivities, weighted moments) of each of the first `layers` layers, from the last to the
-        first; they may still be being computed. `gradients`, which are those behind these layers, go along.
+    def backwards(self, kept: BlockInputs, layers: int) -> Iterator[tuple[int, Sensitivities, StoredMoments]]:
+        """(index, sensitivities, lower halves of weighted moments) of each of the first `layers` layers, from
+        the last to the first; they may still be being computed. `gradients`, which are those behind these
+        layers, go along.
 
         Args:
             kept: the layers' inputs that `forwards` or `replay` put there.
@@ -198,6 +201,8 @@ class Walk:
                 sums = weighted_moments(layer, x, part, sums, self.mesh)
             assert sums is not None
             moments = add_up(sums, self.mesh, True)
+            del sums
+            moments = to_store(moments, True)
             last = _wait_for(last, moments)
             yield index, sensitivities, moments
 
@@ -222,7 +227,7 @@ class Walk:
         return jnp.pad(rows, ((0, missing), *((0, 0),) * (rows.ndim - 1)))
 
 
-def _wait_for(last: Any, moments: Moments | MomentSums) -> Any:
+def _wait_for(last: Any, moments: StoredMoments | MomentSums) -> Any:
     """Wait for the last layer, so that no more than two are in memory; what to wait for next time."""
     jax.block_until_ready(last)
     return [moment.tokens for moment in moments.values()]

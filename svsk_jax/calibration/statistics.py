@@ -5,7 +5,7 @@ they saw, and each adds up its own block of rows of Σ x xᵀ. The sums stay whe
 batch, and are then added up over `data`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,12 +19,16 @@ from svsk_jax.calibration.experts import INPUTS, PLACES, Routed
 from svsk_jax.model.decoder import DecoderLayer
 from svsk_jax.model.parameters import LINEAR_INPUTS
 from svsk_jax.parallel import MODEL, sharding
-from svsk_jax.parallel.placement import put
+from svsk_jax.parallel.placement import put, readable
+from svsk_jax.quant.half_moment import HalfMoment, halved
 from svsk_jax.quant.types import InputMoment
 
 Moments = dict[str, InputMoment]
 """The moment of each activation that linears read, by name (`parameters.linear_inputs`; of experts while a
 layer is walked, see `calibration.experts`)."""
+
+StoredMoments = Mapping[str, InputMoment | HalfMoment]
+"""Moments as they are stored: diagonals, or lower halves."""
 
 MomentSums = dict[str, InputMoment]
 """Moments that are still to be added up: `total` [data, rows, K], rows padded to a multiple of `model`, or of
@@ -164,6 +168,14 @@ def add_up(sums: MomentSums, mesh: Mesh, full: bool) -> Moments:
         )
 
     return {name: total(name, each) for name, each in sums.items()}
+
+
+def to_store(moments: Moments, full: bool) -> StoredMoments:
+    """Moments in the form in which they are stored. Of full ones that several processes have parts of, all
+    call it together."""
+    if not full:
+        return moments
+    return {name: halved(readable(moment)) for name, moment in moments.items()}
 
 
 def chunks_of_batch(chunks: int, length: int, batch_tokens: int, mesh: Mesh) -> int:

@@ -6,29 +6,24 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
 
 from svsk_jax.calibration.experts import Starved
+from svsk_jax.calibration.forms import check_file, check_tokens, moment_forms, sensitivity_forms
 from svsk_jax.calibration.mixture import Chunks
 from svsk_jax.calibration.sensitivity import Sensitivities
-from svsk_jax.calibration.statistics import Moments
-from svsk_jax.calibration.stored_arrays import (
-    AGAIN,
-    StoredArrays,
-    check_file,
-    check_tokens,
-    moment_forms,
-    sensitivity_forms,
-    write_arrays,
-)
+from svsk_jax.calibration.statistics import StoredMoments
+from svsk_jax.calibration.stored_arrays import AGAIN, StoredArrays, write_arrays
 from svsk_jax.json_data import read_json_object
 from svsk_jax.model.config import ModelConfig
+from svsk_jax.quant.half_moment import HalfMoment, diagonal_places
 from svsk_jax.quant.types import InputMoment, OutputSensitivity
 from svsk_jax.storage.atomic import write_json
 
 MANIFEST = "calibration.json"
 TOKENS = "tokens.safetensors"
-FORMAT = 4
+FORMAT = 5
 WEIGHTED = "weighted."
 T = TypeVar("T")
 
@@ -70,31 +65,40 @@ def kept_chunks(path: Path, make: Callable[[], Chunks]) -> Chunks:
     return chunks
 
 
-def write_moments(folder: Path, index: int, moments: Moments, starved: Starved | None = None) -> None:
-    """Store one layer's moments: the f32 sum under the activation's name, the token count as
-    `<name>.tokens`; and beside them the experts that had too few tokens.
+def write_moments(folder: Path, index: int, moments: StoredMoments, starved: Starved | None = None) -> None:
+    """Store one layer's moments: the f32 sum, of a matrix its lower half (`quant.half_moment`), under the
+    activation's name, the token count as `<name>.tokens`; and beside them the experts that had too few
+    tokens.
 
     Raises:
         ValueError: an activation that overflowed, by name: nothing can be made of its moment.
     """
     arrays = _plain_moments(moments)
-    for name in moments:
+    for name, moment in moments.items():
         # A sum of squares: where an entry of the matrix is not finite, its diagonal isn't either.
-        total = arrays[name]
-        broken = int(np.count_nonzero(~np.isfinite(total if total.ndim == 1 else np.diagonal(total))))
+        squares = arrays[name]
+        if isinstance(moment, HalfMoment):
+            squares = squares[diagonal_places(moment.width)]
+        broken = int(np.count_nonzero(~np.isfinite(squares)))
         if broken:
             raise ValueError(
-                f"layers.{index}.{name}: {broken} of {len(total)} channels are NaN or Inf on the "
+                f"layers.{index}.{name}: {broken} of {len(squares)} channels are NaN or Inf on the "
                 "calibration text; check that the model runs unquantized in this dtype"
             )
     write_arrays(_moments_file(folder, index), arrays, starved=starved or {})
 
 
 def write_sensitivities(
-    folder: Path, index: int, sensitivities: Sensitivities, weighted: Moments, starved: Starved | None = None
+    folder: Path,
+    index: int,
+    sensitivities: Sensitivities,
+    weighted: StoredMoments,
+    starved: Starved | None = None,
 ) -> None:
     """Store one layer's sensitivities, as `<linear>.blocks`, `.weights` and `.tokens`, and its weighted
-    moments, as `weighted.<activation>` and `.tokens`; and beside them the experts that had too few tokens."""
+    moments, as `weighted.<activation>` (the lower half) and `.tokens`; and beside them the experts that had
+    too few tokens."""
+    sensitivities, weighted = jax.device_get((sensitivities, weighted))
     arrays = _plain_moments({f"{WEIGHTED}{name}": moment for name, moment in weighted.items()})
     for name, sensitivity in sensitivities.items():
         arrays[f"{name}.blocks"] = np.asarray(sensitivity.blocks)
@@ -114,9 +118,9 @@ def starved_experts(folder: Path, layers: Iterable[int], sensitive: Iterable[int
     return starved
 
 
-def _plain_moments(moments: Moments) -> dict[str, np.ndarray]:
+def _plain_moments(moments: StoredMoments) -> dict[str, np.ndarray]:
     arrays = {}
-    for name, moment in moments.items():
+    for name, moment in jax.device_get(moments).items():
         arrays[name] = np.asarray(moment.total)
         arrays[f"{name}.tokens"] = np.asarray(moment.tokens).reshape(1)
     return arrays
@@ -138,20 +142,20 @@ class _Stored(Mapping[str, T]):
         return len(self.names)
 
 
-class _StoredMoments(_Stored[InputMoment]):
-    def __init__(self, arrays: StoredArrays, prefix: str = ""):
+class _MomentsOfFile(_Stored[InputMoment | HalfMoment]):
+    def __init__(self, arrays: StoredArrays, full: bool, prefix: str = ""):
         stems = [name.removesuffix(".tokens") for name in arrays if name.endswith(".tokens")]
         named = [name for name in stems if name in arrays and name.startswith(prefix)]
         super().__init__(arrays, (name.removeprefix(prefix) for name in named))
-        self.prefix = prefix
+        self.full, self.prefix = full, prefix
 
-    def __getitem__(self, name: str) -> InputMoment:
+    def __getitem__(self, name: str) -> InputMoment | HalfMoment:
         stem = f"{self.prefix}{name}"
-        total, tokens = self.arrays[stem], self.arrays[f"{stem}.tokens"]
-        return InputMoment(total=total, tokens=np.asarray(tokens[0]))
+        total, tokens = self.arrays[stem], np.asarray(self.arrays[f"{stem}.tokens"][0])
+        return (HalfMoment if self.full else InputMoment)(total=total, tokens=tokens)
 
 
-class _StoredSensitivities(_Stored[OutputSensitivity]):
+class _SensitivitiesOfFile(_Stored[OutputSensitivity]):
     def __init__(self, arrays: StoredArrays):
         super().__init__(arrays, (n.removesuffix(".blocks") for n in arrays if n.endswith(".blocks")))
 
@@ -219,17 +223,19 @@ class Statistics:
         """The chunks of tokens that were measured on, int32 [chunks, length]."""
         return read_tokens(self.folder)
 
-    def layer(self, index: int) -> Mapping[str, InputMoment]:
-        """Moments of one layer, each read when it is asked for."""
-        return _StoredMoments(StoredArrays(_moments_file(self.folder, index)))
+    def layer(self, index: int) -> Mapping[str, InputMoment | HalfMoment]:
+        """Moments of one layer as they are stored, each read when it is asked for."""
+        return _MomentsOfFile(StoredArrays(_moments_file(self.folder, index)), self.has_full_moments)
 
-    def sensitivities(self, index: int) -> tuple[Mapping[str, OutputSensitivity], Mapping[str, InputMoment]]:
+    def sensitivities(
+        self, index: int
+    ) -> tuple[Mapping[str, OutputSensitivity], Mapping[str, InputMoment | HalfMoment]]:
         """Output sensitivities and weighted moments of one layer, each read when it is asked for; empty
         without a Fisher pass."""
         if not self.has_sensitivity:
             return {}, {}
         arrays = StoredArrays(_sensitivity_file(self.folder, index))
-        return _StoredSensitivities(arrays), _StoredMoments(arrays, WEIGHTED)
+        return _SensitivitiesOfFile(arrays), _MomentsOfFile(arrays, True, WEIGHTED)
 
 
 def finish(folder: Path, manifest: Mapping[str, Any]) -> None:

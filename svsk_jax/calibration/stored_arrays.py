@@ -1,34 +1,37 @@
-"""Arrays of statistics on disk, with digests; read without trust: types, shapes and values are checked."""
+"""Arrays of statistics on disk, with digests; read without trust: types, shapes and values are checked.
 
+Arrays are written, hashed, read and looked at in pieces, several at once: hashing takes longest, and most of
+a layer's bytes are in one array. The digest of an array is the SHA-256 over its dtype, its shape and the
+SHA-256 of each piece.
+"""
+
+import hashlib
 import json
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from svsk_jax.json_data import parse_json
-from svsk_jax.model.config import ModelConfig
-from svsk_jax.model.parameters import input_widths, layer_linears
-from svsk_jax.quant.types import SENSITIVITY_TILE
-from svsk_jax.storage.arrays import sha256
 from svsk_jax.storage.durable import durable_file
 
 AGAIN = "run `svsk calibrate` again"
-LOOKED_AT = 1 << 18
-"""Numbers that are looked at together, so that they stay in a processor's cache."""
+PIECE = 1 << 22
+"""Bytes of a piece; a digest hangs on it."""
+THREADS = min(8, os.cpu_count() or 1)
+"""Pieces that are worked on at once."""
 NOTE = "svsk"
 """Key of digests, and what else is told of the arrays, in the metadata of a file."""
 DIFFERS = "its SHA-256 is not the one stored with it"
 DTYPES = {"F32": np.dtype("<f4"), "I32": np.dtype("<i4")}
 """Of statistics and tokens."""
-
-Form = tuple[str, tuple[int, ...]]
-"""The dtype of a safetensors file, and a shape; a side of -1 may be any."""
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class StoredArrays(Mapping[str, np.ndarray]):
@@ -62,10 +65,10 @@ class StoredArrays(Mapping[str, np.ndarray]):
         return name in self._entries
 
     def __getitem__(self, name: str) -> np.ndarray:
-        value = self._read(name)
-        if sha256(value) != self._digests[name]:
+        value, differs, finite = self._read(name)
+        if differs:
             raise ValueError(f"{self.path}: {name}: {DIFFERS}; {AGAIN}")
-        if value.dtype.kind == "f" and not _is_finite(value):
+        if not finite:
             raise ValueError(f"{self.path}: {name} holds NaN or Inf; {AGAIN}")
         return value
 
@@ -77,99 +80,113 @@ class StoredArrays(Mapping[str, np.ndarray]):
 
     def differs(self, name: str) -> bool:
         """Whether an array is not what was written."""
-        return sha256(self._read(name)) != self._digests[name]
+        return self._read(name)[1]
 
-    def _read(self, name: str) -> np.ndarray:
+    def _read(self, name: str) -> tuple[np.ndarray, bool, bool]:
+        """An array, whether it is not what was written, and whether it is finite."""
         entry = self._entries[name]
         dtype = DTYPES.get(entry["dtype"])
         if dtype is None:
             raise ValueError(f"{self.path}: {name} is {entry['dtype']}, expected F32 or I32; {AGAIN}")
         value = np.empty(entry["shape"], dtype)
-        left = value.reshape(-1).view(np.uint8).data
-        place = self._start + entry["data_offsets"][0]
-        try:
-            # One call reads 2 GB at most.
+
+        def read(piece: _Piece) -> tuple[bytes, bool]:
+            left, place = piece.bytes, piece.place
             while left:
                 count = os.preadv(self._stream.fileno(), [left], place)
                 if not count:
                     raise OSError("it is shorter than its header says")
                 left, place = left[count:], place + count
+            finite = dtype.kind != "f" or bool(np.isfinite(piece.values).all())
+            return hashlib.sha256(piece.bytes).digest(), finite
+
+        try:
+            found = _several_at_once(read, _pieces(value, self._start + entry["data_offsets"][0]))
         except OSError as error:
             raise self._damaged(error) from error
-        return value
+        differs = _digest(value, [digest for digest, _ in found]) != self._digests[name]
+        return value, differs, all(finite for _, finite in found)
 
     def _damaged(self, error: Exception) -> ValueError:
         return ValueError(f"{self.path}: cannot be read ({error}); {AGAIN}")
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], **note: Any) -> None:
-    """Store f32 and int32 arrays with the SHA-256 of each, durable once written.
+    """Store f32 and int32 arrays in a safetensors file with a digest of each, durable once written.
 
     Args:
-        path: of the safetensors file.
+        path: of the file.
         arrays: by name.
         note: JSON data to be stored beside the digests, `StoredArrays.note`.
     """
     whole = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
-    digests = {name: sha256(value) for name, value in whole.items()}
-    with durable_file(path) as partial:
-        # One entry: safetensors writes several in any order.
-        save_file(whole, partial, metadata={NOTE: json.dumps({"sha256": digests, **note})})
+    # Digests have one length: that of the header is known before they are.
+    start = len(_header(whole, dict.fromkeys(whole, _digest(np.empty(0), [])), note))
+    pieces = {}
+    for name, value in whole.items():
+        pieces[name] = _pieces(value, start)
+        start += value.nbytes
+    with durable_file(path) as partial, partial.open("wb", buffering=0) as file:
+
+        def write(piece: _Piece) -> bytes:
+            _write(file.fileno(), piece.bytes, piece.place)
+            return hashlib.sha256(piece.bytes).digest()
+
+        found = iter(_several_at_once(write, [piece for each in pieces.values() for piece in each]))
+        digests = {name: _digest(whole[name], [next(found) for _ in each]) for name, each in pieces.items()}
+        _write(file.fileno(), memoryview(_header(whole, digests, note)), 0)
 
 
-def _is_finite(value: np.ndarray) -> bool:
-    flat = value.reshape(-1)
-    starts = range(0, len(flat), LOOKED_AT)
-    return all(np.isfinite(flat[start : start + LOOKED_AT]).all() for start in starts)
+class _Piece(NamedTuple):
+    values: np.ndarray
+    place: int
+    """In the file."""
+
+    @property
+    def bytes(self) -> memoryview:
+        """The same memory."""
+        return self.values.view(np.uint8).data
 
 
-def moment_forms(config: ModelConfig, index: int, full: bool) -> dict[str, Form]:
-    """What the file of moments of layer `index` holds."""
-    widths = input_widths(config, index)
-    totals = {name: ("F32", (width, width) if full else (width,)) for name, width in widths.items()}
-    return totals | {f"{name}.tokens": ("I32", (1,)) for name in widths}
+def _pieces(value: np.ndarray, place: int) -> list[_Piece]:
+    """The pieces of an array that begins at `place`."""
+    flat, count = value.reshape(-1), PIECE // value.itemsize
+    starts = range(0, len(flat), count)
+    return [_Piece(flat[start : start + count], place + start * value.itemsize) for start in starts]
 
 
-def sensitivity_forms(config: ModelConfig, index: int, prefix: str) -> dict[str, Form]:
-    """What the file of sensitivities of layer `index` holds; `prefix` heads the names of its weighted
-    moments."""
-    forms = {f"{prefix}{name}": form for name, form in moment_forms(config, index, True).items()}
-    for name, (rows, _) in layer_linears(config, index).items():
-        height = min(rows, SENSITIVITY_TILE)
-        forms[f"{name}.blocks"] = ("F32", (-(-rows // height), height, height))
-        forms[f"{name}.weights"] = ("F32", (-1, -1))
-        forms[f"{name}.tokens"] = ("I32", (1,))
-    return forms
+def _several_at_once(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """What `work` gives for each of the items; none is at work any more when this returns or raises."""
+    if len(items) == 1:
+        return [work(items[0])]
+    with ThreadPoolExecutor(max_workers=THREADS) as threads:
+        return list(threads.map(work, items))
 
 
-def check_file(path: Path, forms: Mapping[str, Form]) -> None:
-    """ValueError, which names file and array, unless the file's header has all of these; reads no values."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); {AGAIN}") from error
-    for name, (dtype, shape) in forms.items():
-        if name not in found:
-            raise ValueError(f"{path}: lacks {name}; {AGAIN}")
-        if found[name][0] != dtype or not _fits(found[name][1], shape):
-            raise ValueError(
-                f"{path}: {name} is {found[name][0]} {list(found[name][1])}, expected {dtype} "
-                f"{list(shape)}; {AGAIN}"
-            )
+def _digest(value: np.ndarray, of_pieces: Sequence[bytes]) -> str:
+    kind = f"{value.dtype.name} {value.shape}".encode()
+    return hashlib.sha256(b"".join((kind, *of_pieces))).hexdigest()
 
 
-def _fits(found: tuple[int, ...], expected: Iterable[int]) -> bool:
-    sides = tuple(expected)
-    return len(found) == len(sides) and all(b in (-1, a) for a, b in zip(found, sides, strict=True))
+def _header(arrays: Mapping[str, np.ndarray], digests: Mapping[str, str], note: Mapping[str, Any]) -> bytes:
+    """The length and the JSON that begin a safetensors file."""
+    kinds = {dtype: name for name, dtype in DTYPES.items()}
+    entries: dict[str, Any] = {"__metadata__": {NOTE: json.dumps({"sha256": digests, **note})}}
+    place = 0
+    for name, value in arrays.items():
+        offsets = [place, place := place + value.nbytes]
+        entries[name] = {
+            "dtype": kinds[value.dtype],
+            "shape": list(value.shape),
+            "data_offsets": offsets,
+        }
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
-def check_tokens(ids: Any, config: ModelConfig, path: Path) -> None:
-    """ValueError unless the chunks are of tokens that the model has."""
-    if ids is None or ids.dtype != np.int32 or ids.ndim != 2 or not ids.size:
-        raise ValueError(f"{path}: expected `ids`, int32 [chunks, length]; {AGAIN}")
-    if ids.min() < 0 or ids.max() >= config.vocab_size:
-        raise ValueError(
-            f"{path}: tokens {ids.min()} to {ids.max()}, the model has {config.vocab_size}; {AGAIN}"
-        )
+def _write(descriptor: int, data: memoryview, place: int) -> None:
+    # One call writes 2 GB at most.
+    while data:
+        count = os.pwrite(descriptor, data, place)
+        data, place = data[count:], place + count

@@ -35,9 +35,11 @@ from svsk_jax.pipeline.measuring import Measuring
 from svsk_jax.pipeline.memory import Machine, MemoryPlan, chunk_length, plan_calibration
 from svsk_jax.pipeline.progress import OnProgress, Stopwatch
 from svsk_jax.pipeline.run import CalibrationRun, discard, unfinished_run
+from svsk_jax.pipeline.working_sets import WRITTEN_AT_ONCE
+from svsk_jax.quant.half_moment import half_size
 from svsk_jax.quant.types import SENSITIVITY_TILE
 from svsk_jax.storage.atomic import recover
-from svsk_jax.storage.behind import OneBehind
+from svsk_jax.storage.behind import Behind
 from svsk_jax.storage.durable import make_folder
 from svsk_jax.storage.lock import locked
 
@@ -161,7 +163,7 @@ def _measure(
     if not has_text:
         # Not before: a model that writes its own text takes most of the memory.
         beside.enter_context(ahead)
-    with OneBehind() as writer, BlockInputs(memory.store_bytes, run.folder) as kept:
+    with Behind(WRITTEN_AT_ONCE) as writer, BlockInputs(memory.store_bytes, run.folder) as kept:
         streams = kept if memory.streams == "store" else None
         walk = Walk(source, outer, ids, memory.batch_tokens, dtype, mesh, streams)
         del outer
@@ -251,7 +253,7 @@ def _layer_bytes(model: ModelConfig, index: int, calibration: CalibrationConfig)
     widths = input_widths(model, index).values()
     if calibration.moments == "diagonal":
         return 4 * sum(widths)
-    moments = sum(width * width for width in widths)
+    moments = sum(half_size(width) for width in widths)
     blocks = 0
     if calibration.measures_sensitivity:
         heights = [n for n, _ in layer_linears(model, index).values()]

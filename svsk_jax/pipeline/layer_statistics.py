@@ -3,7 +3,6 @@
 import functools
 import itertools
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +14,7 @@ from svsk_jax.model.parameters import linear_inputs
 from svsk_jax.parallel.groups import DeviceGroups
 from svsk_jax.parallel.read_ahead import ReadAhead
 from svsk_jax.pipeline.working_sets import AHEAD
+from svsk_jax.quant.half_moment import HalfMoment, whole_moment
 from svsk_jax.quant.joint import input_metric, output_metric, plain_output_metric
 from svsk_jax.quant.row_parts import InputMetric, OutputMetric
 from svsk_jax.quant.types import InputMoment, OutputSensitivity, QuantConfig
@@ -25,8 +25,8 @@ Metrics = tuple[InputMetric, OutputMetric]
 class OfInput(NamedTuple):
     """What was measured of an input and of the linears that read it."""
 
-    moment: InputMoment
-    weighted: InputMoment | None
+    moment: InputMoment | HalfMoment
+    weighted: InputMoment | HalfMoment | None
     sensitivities: dict[str, OutputSensitivity]
 
 
@@ -68,13 +68,7 @@ def statistics_ahead(
         index, source = item
         moments, weighted, felt = files(index)
         names = [name for name in _sharing(linear_inputs(model, index))[source] if name in felt]
-        # Most of reading is comparing digests, which takes a core for each file.
-        with ThreadPoolExecutor(max_workers=2) as other:
-            by_token, of_outputs = (
-                other.submit(weighted.get, source),
-                other.submit(lambda: {name: felt[name] for name in names}),
-            )
-            return OfInput(moments[source], by_token.result(), of_outputs.result())
+        return OfInput(moments[source], weighted.get(source), {name: felt[name] for name in names})
 
     own = groups.own(model.num_layers)
     items = []
@@ -104,8 +98,8 @@ def layer_statistics(
     strong = config.scales == "two_level"
     for source, names in _sharing(reads).items():
         moment, by_token, felt = ahead.take((index, source))
-        moment, felt = jax.device_put((moment, felt))
-        # The weighted moment stays on the host: on the device it would be one [K, K] more.
+        moment, felt = jax.device_put((whole_moment(moment), felt))
+        # The weighted moment stays on the host, a half, until it is mixed in: it would be one [K, K] more.
         inputs = input_metric(moment, by_token, config) if strong else None
         del by_token
         for name in names:

@@ -1,5 +1,5 @@
 """Measure a model's layers, there and back, from where an earlier run was cut short. Each layer's statistics
-go onto the disk while the next one is measured."""
+go onto the disk while the next ones are measured."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ from svsk_jax.parallel.distributed import agree, is_lead
 from svsk_jax.parallel.placement import readable
 from svsk_jax.pipeline.progress import OnProgress, Progress, Stopwatch
 from svsk_jax.pipeline.run import CalibrationRun
-from svsk_jax.storage.behind import OneBehind
+from svsk_jax.storage.behind import Behind
 
 
 class Measuring:
@@ -39,7 +39,7 @@ class Measuring:
         walk: Walk,
         calibration: CalibrationConfig,
         kept: BlockInputs,
-        writer: OneBehind,
+        writer: Behind,
         watch: Stopwatch,
         on_progress: OnProgress | None,
     ):
@@ -111,7 +111,7 @@ class Measuring:
         self._watch.lap("sensitivity")
 
     def _write(self, how: Callable[..., None], index: int, *found: Any) -> None:
-        """Store what was found of a layer, while the next one is measured."""
+        """Store what was found of a layer, while the next ones are measured."""
         whole = readable(found)
         if is_lead():
             self._writer.submit(how, self._run.made, index, *whole)

@@ -21,6 +21,7 @@ from svsk_jax.model.config import ModelConfig
 from svsk_jax.parallel import MODEL, make_mesh
 from svsk_jax.pipeline.checks import default_dtype
 from svsk_jax.pipeline.working_sets import (
+    WRITTEN_AT_ONCE,
     Widths,
     ahead_bytes,
     block_bytes,
@@ -28,6 +29,7 @@ from svsk_jax.pipeline.working_sets import (
     layer_weights,
     moment_bytes,
     outer_weights,
+    stored_moment_bytes,
     tail_weights,
     text_bytes,
 )
@@ -232,14 +234,20 @@ def _calibration(
     batches = -(-calibration.chunks // (batch * machine.devices))
     here = batches * of_batch if streams == "devices" else min(batches, 3) * of_batch
     widths, tokens = Widths.of(model), batch * length
-    moments = moment_bytes(model, calibration.moments == "full")
+    full = calibration.moments == "full"
+    moments, stored = moment_bytes(model, full), stored_moment_bytes(model, full)
+    written = WRITTEN_AT_ONCE * stored
     layer, outer = size * layer_weights(model), size * outer_weights(model)
     if machine.shares_host:
-        # One is read ahead. Sums, what a batch adds, the last layer's: on each device, and being written.
-        weights, sums = (1 + copies) * layer, (3 * copies + 2) * moments
+        # One is read ahead. Sums and what a batch adds, on each device; this layer's halves as they are made
+        # and put together, and those that are being written.
+        weights, sums = (1 + copies) * layer, 2 * copies * moments + 2 * stored + written
         loading = outer + batches * of_batch
     else:
-        weights, sums = 2 * layer, 3 * moments // machine.model
+        # Halves lie on one device until they are written: beside a batch's sums, or this layer's halves as
+        # they are made, and put together of several devices' parts.
+        shared, parts = moments // machine.model, stored if machine.model > 1 else 0
+        weights, sums = 2 * layer, max(2 * shared, shared + stored + parts) + written
         loading = 0
     walking = here + weights + sums + copies * widths.forwards(tokens, length, size)
     peaks = {"text": text} if text else {}
@@ -250,7 +258,8 @@ def _calibration(
         # Gradients of what is kept, and the streams that they are made from.
         kept_batches = -(-fisher // (batch * machine.devices))
         gradients = kept_batches * of_batch if streams == "devices" else min(kept_batches, 3) * of_batch
-        blocks = (3 * copies + 1 if machine.shares_host else 3) * block_bytes(model)
+        # Sums, what a batch adds, on each device of a CPU what that gives, and what is being written.
+        blocks = ((3 * copies if machine.shares_host else 2) + WRITTEN_AT_ONCE) * block_bytes(model)
         back = (
             gradients
             + weights
@@ -260,8 +269,8 @@ def _calibration(
             )
         )
         logits, tail = widths.head(length, model.vocab_size, machine.platform), size * tail_weights(model)
-        # The last layer's moments are still being written.
-        beside = outer if machine.shares_host else moments // machine.model
+        # The last layers' moments are still being written.
+        beside = outer if machine.shares_host else written
         # An accelerator was seen to take the head a second time, as if for trials.
         tails = copies if machine.shares_host else 2
         head = here + gradients + beside + tails * tail + copies * logits

@@ -11,6 +11,7 @@ from svsk_jax.pipeline.checks import check_weight
 from svsk_jax.pipeline.layer_statistics import StatisticsAhead, layer_statistics
 from svsk_jax.pipeline.plan import Plan
 from svsk_jax.quant.error import layer_error
+from svsk_jax.quant.half_moment import HalfMoment, whole_moment
 from svsk_jax.quant.joint import quantize_joint
 from svsk_jax.quant.linear import quantize_linear
 from svsk_jax.quant.row_parts import Devices
@@ -62,7 +63,7 @@ def quantize_layer(
 def layer_errors(
     parameters: Mapping[str, Any],
     stored: Mapping[str, Any],
-    moments: Mapping[str, InputMoment],
+    moments: Mapping[str, InputMoment | HalfMoment],
     reads: Mapping[str, str],
 ) -> dict[str, float]:
     """The layer error of each linear of a stored layer; `reads` as in `quantize_layer`."""
@@ -71,7 +72,7 @@ def layer_errors(
             layer_error(
                 jnp.asarray(parameters[f"{name}.weight"], jnp.float32),
                 restore(stored[f"{name}.weight"], dtype=jnp.float32),
-                moments[read],
+                whole_moment(moments[read]),
             )
         )
         for name, read in reads.items()

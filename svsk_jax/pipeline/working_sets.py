@@ -13,11 +13,15 @@ from svsk_jax.model.parameters import (
     outer_shapes,
     parameter_shapes,
 )
+from svsk_jax.quant.half_moment import half_size
 from svsk_jax.quant.types import SENSITIVITY_TILE
 
 AHEAD = 3
 """Inputs of linears whose statistics are read ahead for each layer at work: with the one at hand, all of a
 dense layer's."""
+WRITTEN_AT_ONCE = 2
+"""Layers whose statistics are being written while the next one is measured: one is hashed while the other is
+waited for by the disk."""
 WORKING_COPIES = 12
 """f32 [N, K] arrays alive at once while a linear is rounded: W, its two best forms, and what the compiled
 search, feedback and fit keep."""
@@ -52,9 +56,9 @@ def device_bytes(config: ModelConfig, platform: str = "gpu") -> int:
 
 def ahead_bytes(model: ModelConfig, itemsize: int) -> int:
     """What is read ahead while a linear is worked on, in host memory, where one layer is at work at a time,
-    as on a CPU: the next layer, and the next inputs' moments and weighted moments."""
+    as on a CPU: the next layer, and the halves of the next inputs' moments and weighted moments."""
     largest = max(
-        sum(width**2 for width in sorted(input_widths(model, index).values())[-AHEAD:])
+        sum(half_size(width) for width in sorted(input_widths(model, index).values())[-AHEAD:])
         for index in layer_kinds(model)
     )
     return itemsize * layer_weights(model) + 2 * 4 * largest
@@ -130,6 +134,14 @@ def moment_bytes(model: ModelConfig, full: bool) -> int:
     """The moments of a layer, f32."""
     return 4 * max(
         sum(width * (width if full else 1) for width in input_widths(model, index).values())
+        for index in layer_kinds(model)
+    )
+
+
+def stored_moment_bytes(model: ModelConfig, full: bool) -> int:
+    """The moments of a layer as they are stored, f32."""
+    return 4 * max(
+        sum(half_size(width) if full else width for width in input_widths(model, index).values())
         for index in layer_kinds(model)
     )
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from pallas_kernels.svsk_matmul.layout import tile_spans
 from svsk_jax.quant import error_feedback, joint, metric, row_parts, sidecar_fit
 from svsk_jax.quant.error import error_share
+from svsk_jax.quant.half_moment import half_size, mirrored
 from svsk_jax.quant.metric import bands
 from svsk_jax.quant.types import (
     MAX_RANK,
@@ -88,6 +89,7 @@ def _of_rounding(
     """What `joint.quantize_base` runs, and what makes its metrics."""
     n, k = shape
     W, H, pair, columns = _floats(n, k), _floats(k, k), _floats(2), (_integers(k), _floats(k, k))
+    yield Program(mirrored, (_floats(half_size(k)),))
     yield Program(mean_of, (H, _integers()))
     if config.needs_sensitivity:
         yield Program(mean_of, (_blocks(n), _integers()))

@@ -1,20 +1,26 @@
-"""Writing on a thread of its own, while the next thing to write is being computed."""
+"""Writing on threads of its own, while the next thing to write is being computed."""
 
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
 
-class OneBehind:
-    """Runs tasks one at a time on a thread. A context manager: when the block ends well, the last task has
-    ended; an error of a task is raised by the next `submit`, or by `finish`."""
+class Behind:
+    """Runs tasks on threads, a few at a time. A context manager: when the block ends well, all tasks have
+    ended; an error of a task is raised by a later `submit`, or by `finish`.
 
-    def __init__(self):
-        self._thread = ThreadPoolExecutor(max_workers=1)
-        self._running: Future[Any] | None = None
+    Args:
+        most: how many tasks run at once, and with the one that waits for them are in memory.
+    """
 
-    def __enter__(self) -> "OneBehind":
+    def __init__(self, most: int):
+        self._threads = ThreadPoolExecutor(max_workers=most)
+        self._most = most
+        self._running: deque[Future[Any]] = deque()
+
+    def __enter__(self) -> "Behind":
         return self
 
     def __exit__(
@@ -24,15 +30,15 @@ class OneBehind:
             if kind is None:
                 self.finish()
         finally:
-            self._thread.shutdown()
+            self._threads.shutdown()
 
     def submit(self, task: Callable[..., Any], *arguments: Any) -> None:
-        """Begin a task once the one before has ended: what tasks hold in memory is at most that of two."""
-        self.finish()
-        self._running = self._thread.submit(task, *arguments)
+        """Begin a task; where as many run as may, once the first of them has ended."""
+        if len(self._running) == self._most:
+            self._running.popleft().result()
+        self._running.append(self._threads.submit(task, *arguments))
 
     def finish(self) -> None:
-        """Wait for the task that is running."""
-        running, self._running = self._running, None
-        if running is not None:
-            running.result()
+        """Wait for the tasks that are running."""
+        while self._running:
+            self._running.popleft().result()

@@ -25,6 +25,7 @@ from svsk_jax.calibration.statistics import add_up, layer_moments, no_moments
 from svsk_jax.model import DecoderLayer, Mixture
 from svsk_jax.model.parameters import layer_parameters, random_parameters
 from svsk_jax.parallel import make_mesh
+from svsk_jax.quant.half_moment import halved
 from svsk_jax.quant.types import InputMoment, OutputSensitivity
 
 EXPERTS, LENGTH, CHUNKS, PADDING = 4, 12, 16, 3
@@ -140,15 +141,16 @@ def test_sensitivities_are_those_of_one_differentiation(layer, inputs):
 def test_an_expert_with_fewer_tokens_than_channels_takes_the_pool():
     rng = np.random.default_rng(0)
     totals = rng.standard_normal((3, 4, 4)).astype(np.float32)
-    stack = InputMoment(total=jnp.asarray(totals), tokens=jnp.asarray([4, 3, 0], jnp.int32))
-    other = InputMoment(total=jnp.eye(2), tokens=jnp.int32(1))
+    totals += totals.mT
+    stack = halved(InputMoment(total=jnp.asarray(totals), tokens=jnp.asarray([4, 3, 0], jnp.int32)))
+    other = halved(InputMoment(total=jnp.eye(2), tokens=jnp.int32(1)))
     named, starved = moments_by_expert({"attention.input": other, "mlp.experts.hidden": stack})
     assert starved == {"hidden": [1, 2]}
     assert named["attention.input"] is other
-    np.testing.assert_array_equal(named["mlp.experts.0.hidden"].total, totals[0])
+    np.testing.assert_array_equal(named["mlp.experts.0.hidden"].whole.total, totals[0])
     assert named["mlp.experts.0.hidden"].tokens == 4
     for number in (1, 2):
-        np.testing.assert_allclose(named[f"mlp.experts.{number}.hidden"].total, totals.sum(0))
+        np.testing.assert_allclose(named[f"mlp.experts.{number}.hidden"].whole.total, totals.sum(0))
         assert named[f"mlp.experts.{number}.hidden"].tokens == 7
     diagonal = InputMoment(total=jnp.ones((3, 4)), tokens=jnp.asarray([40, 32, 31], jnp.int32))
     assert moments_by_expert({"mlp.experts.input": diagonal})[1] == {"input": [2]}

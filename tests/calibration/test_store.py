@@ -1,12 +1,17 @@
 """Statistics on disk: their digests, and what is told beside them."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from svsk_jax.calibration import store, stored_arrays
 from svsk_jax.calibration.mixture import Chunks
+from svsk_jax.calibration.stored_arrays import StoredArrays, write_arrays
 from svsk_jax.calibration.verify import verify_statistics
+from svsk_jax.quant.half_moment import halved
 from svsk_jax.quant.types import InputMoment, OutputSensitivity
 from svsk_jax.storage.atomic import write_json
 
@@ -16,7 +21,7 @@ def stored(tmp_path):
     """Statistics of one layer, of random numbers."""
     rng = np.random.default_rng(5)
     moments = {
-        name: InputMoment(total=rng.random((8, 8), np.float32), tokens=np.array(3, np.int32))
+        name: halved(InputMoment(total=rng.random((8, 8), np.float32), tokens=np.array(3, np.int32)))
         for name in "abc"
     }
     sensitivity = OutputSensitivity(
@@ -100,3 +105,60 @@ def test_chunks_are_kept_and_made_again_where_they_are_damaged(tmp_path):
     flip(tmp_path / "text", -1)
     np.testing.assert_array_equal(store.kept_chunks(tmp_path / "text", make).ids, made[1].ids)
     assert len(made) == 2
+
+
+def big():
+    """Arrays of less than a piece, of one, of several and of none, and their dtypes."""
+    rng = np.random.default_rng(0)
+    piece = stored_arrays.PIECE // 4
+    return {
+        "several": rng.random((3, piece + 5), np.float32),
+        "one": np.arange(piece, dtype=np.int32),
+        "none": np.zeros((0, 3), np.float32),
+        "less": np.asfortranarray(rng.random((3, 4), np.float32)),
+    }
+
+
+def test_a_file_is_one_of_safetensors_whose_arrays_come_back(tmp_path):
+    path, arrays = tmp_path / "made" / "a.safetensors", big()
+    write_arrays(path, arrays, told=[1, "x"])
+    found = StoredArrays(path)
+    assert found.note["told"] == [1, "x"]
+    assert list(found) == list(arrays)
+    elsewhere = load_file(path)
+    for name, value in arrays.items():
+        np.testing.assert_array_equal(found[name], value)
+        np.testing.assert_array_equal(elsewhere[name], value)
+        assert found[name].dtype == elsewhere[name].dtype == value.dtype
+    before = path.read_bytes()
+    write_arrays(path, arrays, told=[1, "x"])
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("piece", [0, 1, 3])
+def test_a_flipped_bit_of_any_piece_is_found(tmp_path, piece):
+    path, arrays = tmp_path / "a.safetensors", big()
+    write_arrays(path, arrays)
+    flip(path, path.read_bytes().index(arrays["several"].tobytes()) + piece * stored_arrays.PIECE)
+    found = StoredArrays(path)
+    assert [name for name in found if found.differs(name)] == ["several"]
+    with pytest.raises(ValueError, match="several: its SHA-256"):
+        found["several"]
+
+
+def test_nan_is_named_where_it_is_read(tmp_path):
+    value = np.zeros(stored_arrays.PIECE // 2, np.float32)
+    value[-1] = np.nan
+    write_arrays(tmp_path / "a", {"x": value})
+    with pytest.raises(ValueError, match="x holds NaN or Inf"):
+        StoredArrays(tmp_path / "a")["x"]
+
+
+def test_an_array_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_arrays(tmp_path / "a", big())
+    assert not list(tmp_path.iterdir())

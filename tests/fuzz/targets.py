@@ -17,11 +17,13 @@ from support import TINY, MemorySource, byte_tokenizer, write_checkpoint
 
 from convert.names import source_names
 from svsk_jax.calibration import store
+from svsk_jax.calibration.statistics import StoredMoments
 from svsk_jax.calibration.store import Statistics
 from svsk_jax.model.decoder import Decoder
 from svsk_jax.model.parameters import LINEAR_INPUTS, QUANTIZED_LINEARS, layer_shapes
 from svsk_jax.models import open_model
 from svsk_jax.pipeline.plan import Plan, fixed_plans
+from svsk_jax.quant.half_moment import halved
 from svsk_jax.quant.int8 import quantize_int8
 from svsk_jax.quant.linear import quantize_linear
 from svsk_jax.quant.types import InputMoment, OutputSensitivity, QuantConfig, TileShape, recipe
@@ -178,11 +180,12 @@ def _write_statistics(folder: Path) -> None:
     rng = np.random.default_rng(0)
     shapes = layer_shapes(CONFIG, 0)
 
-    def moments() -> dict[str, InputMoment]:
+    def moments() -> StoredMoments:
         widths = {LINEAR_INPUTS[name]: shapes[f"{name}.weight"][1] for name in LINEAR_INPUTS}
         samples = {name: rng.standard_normal((4, width), np.float32) for name, width in widths.items()}
         return {
-            name: InputMoment(total=jnp.asarray(x.T @ x), tokens=jnp.int32(4)) for name, x in samples.items()
+            name: halved(InputMoment(total=jnp.asarray(x.T @ x), tokens=jnp.int32(4)))
+            for name, x in samples.items()
         }
 
     def sensitivity(name: str) -> OutputSensitivity:

@@ -15,6 +15,7 @@ from svsk_jax.model.decoder import Tail
 from svsk_jax.model.parameters import outer_shapes
 from svsk_jax.parallel import sharding
 from svsk_jax.pipeline.working_sets import FACTOR_COPIES, Widths
+from svsk_jax.quant.half_moment import half_size, lower_rows, mirrored
 from svsk_jax.quant.joint import _input_metric
 from svsk_jax.quant.sidecar_fit import _factor
 
@@ -39,6 +40,18 @@ def test_factoring_a_moment_takes_what_is_planned():
         planned = 4 * width**2 * FACTOR_COPIES["gpu"]
         assert 0.9 * planned < taken(_input_metric, H, 0.05, 0.01) < 1.05 * planned
         assert taken(_factor, H) < 1.05 * planned
+
+
+def test_halves_are_made_and_mirrored_in_place():
+    width = MODEL.intermediate_size
+    with aot.targeting("sm_90") as mesh:
+
+        def abstract(*shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+
+        assert taken(lower_rows, abstract(width, width)) == 0
+        assert taken(lower_rows, abstract(16, 2048, 2048)) == 0
+        assert taken(mirrored, abstract(half_size(width))) < 0.05 * 4 * width**2
 
 
 def test_the_gradient_at_the_head_takes_what_is_planned():

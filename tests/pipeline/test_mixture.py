@@ -79,10 +79,9 @@ def test_the_manifest_names_who_takes_the_pooled_statistics(source, statistics):
             assert int(of[number].tokens) == pairs
         # What is in the pool beside the others' own is that of at most their few tokens.
         assert 0 <= pairs - sum(int(moment.tokens) for moment in own.values()) < 48 * len(starved)
-        left = np.asarray(of[STARVED].total, np.float64) - sum(
-            np.asarray(moment.total, np.float64) for moment in own.values()
-        )
-        assert np.linalg.eigvalsh(left)[0] > -1e-6 * np.trace(np.asarray(of[STARVED].total))
+        whole = np.asarray(of[STARVED].whole.total, np.float64)
+        left = whole - sum(np.asarray(moment.whole.total, np.float64) for moment in own.values())
+        assert np.linalg.eigvalsh(left)[0] > -1e-6 * np.trace(whole)
     tokens = statistics.manifest["text"]["fisher_chunks"] * 32
     sensitivities, weighted = statistics.sensitivities(1)
     assert STARVED in pooled["weighted.input"]

@@ -12,6 +12,7 @@ from svsk_jax.calibration.statistics import embed_batches
 from svsk_jax.parallel import make_mesh
 from svsk_jax.pipeline.checks import MAX_WEIGHT, check_weight
 from svsk_jax.quant.error import layer_error
+from svsk_jax.quant.half_moment import halved
 from svsk_jax.quant.joint import input_metric, plain_output_metric, quantize_joint
 from svsk_jax.quant.linear import quantize_linear
 from svsk_jax.quant.types import InputMoment, TensorPlan, TileShape, recipe
@@ -84,7 +85,7 @@ def test_activations_that_overflow_are_named(tmp_path, value):
     total[2, :] = total[:, 2] = value
     moment = InputMoment(total=jnp.asarray(total), tokens=jnp.int32(4))
     with pytest.raises(ValueError, match=r"layers\.7\.mlp\.hidden: 1 of 48 channels are NaN or Inf"):
-        store.write_moments(tmp_path, 7, {"mlp.hidden": moment})
+        store.write_moments(tmp_path, 7, {"mlp.hidden": halved(moment)})
     assert not list(tmp_path.iterdir())
 
 

@@ -13,6 +13,7 @@ from svsk_jax.pipeline.compile_ahead import together
 from svsk_jax.pipeline.plan import Choices, drafted, measure_options
 from svsk_jax.quant import programs
 from svsk_jax.quant.error import layer_error
+from svsk_jax.quant.half_moment import halved
 from svsk_jax.quant.joint import input_metric, output_metric, quantize_joint
 from svsk_jax.quant.types import InputMoment, OutputSensitivity, TensorPlan, recipe
 
@@ -26,7 +27,7 @@ def test_what_was_compiled_ahead_is_what_runs(compiled):
     x, g = (jnp.asarray(rng.standard_normal((200, size)), jnp.float32) for size in (k, n))
     tokens = np.asarray(200, np.int32)
     moment = InputMoment(total=x.T @ x, tokens=jnp.asarray(tokens))
-    weighted = InputMoment(total=np.asarray(x.T @ x), tokens=tokens)
+    half = jax.device_get(halved(moment))
     sensitivity = OutputSensitivity(blocks=(g.T @ g)[None], weights=jnp.ones((2, 100)), tokens=moment.tokens)
     # Whatever this and other tests have compiled.
     jax.clear_caches()
@@ -36,7 +37,8 @@ def test_what_was_compiled_ahead_is_what_runs(compiled):
     assert ahead <= set(compiled)
     compiled.clear()
     for settings in (draft, config):
-        metrics = input_metric(moment, weighted, settings), output_metric(sensitivity, n, settings)
+        moment = half.whole
+        metrics = input_metric(moment, half, settings), output_metric(sensitivity, n, settings)
         if settings is draft:
             measure_options(W, metrics, draft, Choices.of(draft))
             continue
