@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -60,15 +61,29 @@ def caches(model: Model, batch: int) -> tuple[jax.Array, ...]:
     return tuple(make(jax.random.key(index)) for index in range(config.num_layers))
 
 
+Call = Callable[[], jax.Array]
+
+
 def burst(
     model: Model,
     batch: int,
     tiny: bool,
     boxes: PeerBoxes | None = None,
     options: dict[str, Any] | None = None,
-) -> Callable[[], jax.Array]:
+) -> Call:
     """`steps.BURST` greedy tokens of each text, behind as many positions at each call; sums by boxes, or by
-    XLA with some of its options."""
+    XLA with some of its options. The first call does not wait for other devices, and means nothing."""
+    return lowered_burst(model, batch, tiny, boxes, options)()
+
+
+def lowered_burst(
+    model: Model,
+    batch: int,
+    tiny: bool,
+    boxes: PeerBoxes | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[[], Call]:
+    """What compiles a `burst`, which several threads may do for several."""
     leaves, structure = jax.tree.flatten(model.shares if isinstance(model, ParallelDecoder) else model)
     step: Any = partial(steps.fused_steps, structure, interpret=tiny)
     if isinstance(model, ParallelDecoder):
@@ -79,24 +94,31 @@ def burst(
         _, after = step(leaves, state, key, numbers, held, greedy=True)
         return after._replace(lengths=state.lengths)
 
-    run = jax.jit(again, donate_argnums=1, compiler_options=options or {})
     turns = steps.BURST * exchanges_of(model, batch)
+    lengths = jnp.full((batch,), CONTEXT - steps.BURST, jnp.int32)
+    state = steps.State(caches(model, batch), caches(model, batch), lengths, jnp.zeros(batch, jnp.int32))
+    held = [divided(model.mesh, state) if isinstance(model, ParallelDecoder) else state]
 
-    def started() -> steps.State:
-        lengths = jnp.full((batch,), CONTEXT - steps.BURST, jnp.int32)
-        state = steps.State(caches(model, batch), caches(model, batch), lengths, jnp.zeros(batch, jnp.int32))
-        return divided(model.mesh, state) if isinstance(model, ParallelDecoder) else state
+    def taken(wait: bool = True) -> Boxes | None:
+        return None if boxes is None else boxes.take(turns, wait=wait)
 
-    if boxes is not None:
-        jax.block_until_ready(run(leaves, started(), boxes.take(turns, wait=False)))
-    held = [started()]
+    jitted = jax.jit(again, donate_argnums=1, compiler_options=options or {})
+    lowered = jitted.lower(leaves, held[0], taken(wait=False))
 
-    def call() -> jax.Array:
-        held[0] = run(leaves, held[0], None if boxes is None else boxes.take(turns))
-        # The caches are donated to the next call.
-        return held[0].tokens + 0
+    def compiled() -> Call:
+        run, calls = lowered.compile(), itertools.count()
 
-    return call
+        def call() -> jax.Array:
+            first = next(calls) == 0
+            held[0] = run(leaves, held[0], taken(wait=not first))
+            if first:
+                jax.block_until_ready(held[0])
+            # The caches are donated to the next call.
+            return held[0].tokens + 0
+
+        return call
+
+    return compiled
 
 
 def exchanges_of(model: Model, batch: int) -> int:
@@ -129,34 +151,46 @@ def logits(model: Model, batch: int, tiny: bool, boxes: PeerBoxes | None) -> jax
 
 
 def decode(tiny: bool, report: Callable[..., None]) -> None:
-    """Times of one text first, and what the logits are compared to last: a limit of time cuts off the end."""
+    """Times, then what the logits of fewer layers are compared to: a limit of time cuts off the end."""
     report(**machine())
-    models = [(devices, on_devices(tiny, None, devices)) for devices in counts(tiny)]
-    cases = [
+    batches = (1, 8) if tiny else (1, 16)
+    cases = list(itertools.product(batches, cases_of(tiny, None, report)))
+    report(made=True)
+    bursts = [lowered_burst(model, batch, tiny, boxes) for batch, (_, model, _, boxes) in cases]
+    report(lowered=True)
+    with ThreadPoolExecutor(len(bursts)) as threads:
+        calls = list(threads.map(lambda burst: burst(), bursts))
+    report(compiled=True)
+    alone: dict[int, float] = {}
+    for (batch, (devices, _, way, _)), call in zip(cases, calls, strict=True):
+        ms = 1e3 * median_seconds(call) / steps.BURST
+        alone.setdefault(batch, ms)
+        report(
+            devices=devices,
+            way=way,
+            batch=batch,
+            ms=ms,
+            tokens_per_second=1e3 * batch / ms,
+            times_one_device=alone[batch] / ms,
+        )
+    del cases, bursts, calls
+    cases = cases_of(tiny, FEW_LAYERS, report)
+    for batch in batches:
+        expected = logits(cases[0][1], batch, tiny, None)
+        for devices, model, way, boxes in cases[1:]:
+            compare(devices, way, batch, logits(model, batch, tiny, boxes), expected, report)
+
+
+def cases_of(
+    tiny: bool, layers: int | None, report: Callable[..., None]
+) -> list[tuple[int, Model, str, PeerBoxes | None]]:
+    """Numbers of devices, from one on, with the model on them and each way to add up."""
+    models = [(devices, on_devices(tiny, layers, devices)) for devices in counts(tiny)]
+    return [
         (devices, model, way, boxes)
         for devices, model in models
         for way, boxes in ways_of(model, report).items()
     ]
-    report(made=True)
-    batches = (1, 8) if tiny else (1, 16)
-    for batch in batches:
-        alone = 0.0
-        for devices, model, way, boxes in cases:
-            ms = 1e3 * median_seconds(burst(model, batch, tiny, boxes)) / steps.BURST
-            alone = ms if devices == 1 else alone
-            report(
-                devices=devices,
-                way=way,
-                batch=batch,
-                ms=ms,
-                tokens_per_second=1e3 * batch / ms,
-                times_one_device=alone / ms,
-            )
-    for batch in batches:
-        expected = logits(models[0][1], batch, tiny, None)
-        for devices, model, way, boxes in cases:
-            if devices > 1:
-                compare(devices, way, batch, logits(model, batch, tiny, boxes), expected, report)
 
 
 def boxes_of(model: Model, report: Callable[..., None]) -> PeerBoxes | None:
@@ -182,6 +216,7 @@ def compare(
     same = jnp.mean(jnp.argmax(found, axis=-1) == jnp.argmax(expected, axis=-1))
     report(
         devices=devices,
+        layers=FEW_LAYERS,
         way=way,
         batch=batch,
         logits_error=error,
@@ -210,12 +245,8 @@ def with_options(tiny: bool, report: Callable[..., None]) -> None:
 
 def kernels(tiny: bool, report: Callable[..., None]) -> None:
     """Device time of a token on one and on two devices, by kernel, without CUDA graphs."""
-    models = [(devices, on_devices(tiny, FEW_LAYERS, devices)) for devices in counts(tiny)[:2]]
-    cases = [
-        (devices, model, way, boxes)
-        for devices, model in reversed(models)
-        for way, boxes in ways_of(model, report).items()
-    ]
+    cases = sorted(cases_of(tiny, FEW_LAYERS, report), key=lambda case: -case[0])
+    cases = [case for case in cases if case[0] <= 2]
     for batch, (devices, model, way, boxes) in itertools.product((1,) if tiny else (1, 16), cases):
         call = burst(model, batch, tiny, boxes)
         if tiny:

@@ -92,6 +92,8 @@ def _attend(
     first = block(start)
     scale = jnp.float32(heads.dim**-0.5)
     made = finish()
+    # What depends on a number that is not known goes to shared memory here, not before what heads wait for.
+    first = tuple(jnp.where(length >= 0, each, 0) for each in first)
     queries = tuple(each.astype(dtype).T for each in made)
     is_last = split == splits - 1
 

@@ -187,7 +187,9 @@ def finishing(
         if not units:
             return ys
         most = jnp.max(reduce(jnp.maximum, (unit.count for unit in units)))
-        return lax.fori_loop(0, lax.div(most + (RANKS - 1), jnp.int32(RANKS)), some, ys)
+        # The first ranks are loaded before it is known whether there are more.
+        ys = some(jnp.int32(0), ys)
+        return lax.fori_loop(1, lax.div(most + (RANKS - 1), jnp.int32(RANKS)), some, ys)
 
     return finish
 
