@@ -189,43 +189,21 @@ def quantize(
                     on_progress=on_progress,
                 )
             watch.lap("plan")
-
-            def layer_of(index: int, devices: Devices) -> StoredLayer:
-                reads = linear_inputs(source.config, index)
-                return quantize_layer(weights.take(index), ahead, index, reads, plan, devices)
-
-            layers = source.config.num_layers
-            totals: dict[int, LayerTotals] = {}
-            drafts: dict[int, dict[str, Any]] = {}
-            writer = run.drafts if settings.polish else run.model
-            with (
-                layers_ahead(source, dtype, groups) as weights,
-                statistics_ahead(statistics, source.config, plan.config, groups) as ahead,
-            ):
-                for index, layer in quantize_layers(writer, run.handover, layers, layer_of, groups):
-                    totals[index] = LayerTotals.of(index, layer)
-                    if settings.polish and is_lead():
-                        drafts[index] = on_first_device(layer.parameters)
-                    watch.lap("quantize")
-                    if on_progress:
-                        so_far = [error for each in totals.values() for error in each.errors.values()]
-                        mean = geometric_mean(so_far)
-                        on_progress(Progress(stage="quantize", layer=len(totals), layers=layers, error=mean))
+            totals, drafts = _quantize_layers(run, source, statistics, plan, groups, dtype, on_progress)
+            watch.lap("quantize")
             if is_lead():
-                whole = [totals[index] for index in range(layers)]
-                errors = {name: error for each in whole for name, error in each.errors.items()}
+                errors = {name: error for each in totals for name, error in each.errors.items()}
                 if settings.polish:
-                    in_order = [drafts[index] for index in range(layers)]
                     errors |= _polished_errors(
-                        run.model, source, in_order, statistics, settings.polish, dtype, on_progress
+                        run.model, source, drafts, statistics, settings.polish, dtype, on_progress
                     )
                     watch.lap("polish")
                 actual = dataclasses.replace(
                     budget,
-                    linear_bytes=sum(each.linear_bytes for each in whole),
-                    total_bytes=nbytes(stored_outer) + sum(each.total_bytes for each in whole),
+                    linear_bytes=sum(each.linear_bytes for each in totals),
+                    total_bytes=nbytes(stored_outer) + sum(each.total_bytes for each in totals),
                 )
-                predicted = sum(each.predicted_nats for each in whole)
+                predicted = sum(each.predicted_nats for each in totals)
                 metadata = _metadata(settings, statistics, actual, predicted)
                 run.model.outer(
                     stored_outer, source, {"recipe": recipe, **metadata, "run": identity, **origin(source)}
@@ -234,6 +212,41 @@ def quantize(
                 watch.lap("write")
             barrier()
     return dataclasses.replace(_result(output, budget), seconds=watch.seconds)
+
+
+def _quantize_layers(
+    run: Run,
+    source: ModelSource,
+    statistics: Statistics,
+    plan: Plan,
+    groups: DeviceGroups,
+    dtype: DTypeLike,
+    on_progress: OnProgress | None,
+) -> tuple[list[LayerTotals], list[dict[str, Any]]]:
+    """Quantize and write the layers that the run has not; in order, what the metadata tell of each layer and,
+    in the process that polishes, if any does, each one's parameters."""
+    polishes, layers = plan.config.polish > 0, source.config.num_layers
+    writer = run.drafts if polishes else run.model
+    totals: dict[int, LayerTotals] = {}
+    drafts: dict[int, dict[str, Any]] = {}
+
+    def layer_of(index: int, devices: Devices) -> StoredLayer:
+        reads = linear_inputs(source.config, index)
+        return quantize_layer(weights.take(index), ahead, index, reads, plan, devices)
+
+    with (
+        layers_ahead(source, dtype, groups) as weights,
+        statistics_ahead(statistics, source.config, plan.config, groups) as ahead,
+    ):
+        for index, layer in quantize_layers(writer, run.handover, layers, layer_of, groups):
+            totals[index] = LayerTotals.of(index, layer)
+            if polishes and is_lead():
+                drafts[index] = on_first_device(layer.parameters)
+            if on_progress:
+                so_far = [error for each in totals.values() for error in each.errors.values()]
+                mean = geometric_mean(so_far)
+                on_progress(Progress(stage="quantize", layer=len(totals), layers=layers, error=mean))
+    return [totals[index] for index in sorted(totals)], [drafts[index] for index in sorted(drafts)]
 
 
 def _calibrate(
