@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float32
 from svsk_jax.model.decoder import DecoderLayer
 from svsk_jax.model.experts import Experts
 from svsk_jax.model.parameters import EXPERT_INPUTS, EXPERTS, expert
-from svsk_jax.quant.half_moment import HalfMoment
+from svsk_jax.quant.half_moment import HalfMoment, as_stored
 from svsk_jax.quant.types import InputMoment, OutputSensitivity
 
 INPUTS = tuple(f"{EXPERTS}.{name}" for name in dict.fromkeys(EXPERT_INPUTS.values()))
@@ -116,13 +116,13 @@ def moments_by_expert(
             named[name] = moment
             continue
         totals, counts = np.asarray(moment.total), np.asarray(moment.tokens)
-        needed = moment.width if isinstance(moment, HalfMoment) else FEWEST_TOKENS
-        kept = type(moment)
-        pooled = kept(total=totals.sum(0), tokens=np.asarray(counts.sum(), counts.dtype))
+        full = isinstance(moment, HalfMoment)
+        needed = moment.width if full else FEWEST_TOKENS
+        pooled = as_stored(totals.sum(0), np.asarray(counts.sum(), counts.dtype), full)
         kind = name.removeprefix(f"{EXPERTS}.")
         for number, tokens in enumerate(counts):
             enough = tokens >= needed
-            own = kept(total=totals[number], tokens=np.asarray(tokens))
+            own = as_stored(totals[number], np.asarray(tokens), full)
             named[expert(number, kind)] = own if enough else pooled
             if not enough:
                 starved.setdefault(kind, []).append(number)

@@ -22,6 +22,7 @@ from svsk_jax.calibration.sensitivity import (
     weighted_moments,
 )
 from svsk_jax.calibration.statistics import (
+    Moments,
     MomentSums,
     StoredMoments,
     add_up,
@@ -106,8 +107,8 @@ class Walk:
     def forwards(
         self, full: bool, keep: BlockInputs | None = None, keep_chunks: int = 0, first: int = 0
     ) -> Iterator[tuple[int, StoredMoments]]:
-        """(index, moments) of each layer, full ones as lower halves; they may still be being computed.
-        `streams` are those after the layer, and end up after the last one.
+        """(index, moments) of each layer, as of `to_store`; they may still be being computed. `streams` are
+        those after the layer, and end up after the last one.
 
         Args:
             full: whole second moments rather than their diagonals.
@@ -121,8 +122,8 @@ class Walk:
         for index, sums in self._forwards(range(first, self._num_layers), self.masks, full, keep):
             moments = add_up(sums, self.mesh, full)
             del sums
-            moments = to_store(moments, full)
             last = _wait_for(last, moments)
+            moments = to_store(moments, full)
             yield index, moments
 
     def replay(self, layers: int, full: bool, keep: BlockInputs, keep_chunks: int) -> Iterator[int]:
@@ -169,9 +170,9 @@ class Walk:
                 self.gradients.put(batch, head_gradient(tail, x, counted[batch], seed, first, self.mesh))
 
     def backwards(self, kept: BlockInputs, layers: int) -> Iterator[tuple[int, Sensitivities, StoredMoments]]:
-        """(index, sensitivities, lower halves of weighted moments) of each of the first `layers` layers, from
-        the last to the first; they may still be being computed. `gradients`, which are those behind these
-        layers, go along.
+        """(index, sensitivities, weighted moments as of `to_store`) of each of the first `layers` layers, the
+        last one first; they may still be being computed. `gradients`, which are those behind these layers, go
+        along.
 
         Args:
             kept: the layers' inputs that `forwards` or `replay` put there.
@@ -202,8 +203,8 @@ class Walk:
             assert sums is not None
             moments = add_up(sums, self.mesh, True)
             del sums
-            moments = to_store(moments, True)
             last = _wait_for(last, moments)
+            moments = to_store(moments, True)
             yield index, sensitivities, moments
 
     def _sensitivities(
@@ -227,7 +228,7 @@ class Walk:
         return jnp.pad(rows, ((0, missing), *((0, 0),) * (rows.ndim - 1)))
 
 
-def _wait_for(last: Any, moments: StoredMoments | MomentSums) -> Any:
+def _wait_for(last: Any, moments: Moments | MomentSums) -> Any:
     """Wait for the last layer, so that no more than two are in memory; what to wait for next time."""
     jax.block_until_ready(last)
     return [moment.tokens for moment in moments.values()]

@@ -19,6 +19,7 @@ from svsk_jax.calibration.experts import INPUTS, PLACES, Routed
 from svsk_jax.model.decoder import DecoderLayer
 from svsk_jax.model.parameters import LINEAR_INPUTS
 from svsk_jax.parallel import MODEL, sharding
+from svsk_jax.parallel.distributed import is_lead
 from svsk_jax.parallel.placement import put, readable
 from svsk_jax.quant.half_moment import HalfMoment, halved
 from svsk_jax.quant.types import InputMoment
@@ -171,11 +172,12 @@ def add_up(sums: MomentSums, mesh: Mesh, full: bool) -> Moments:
 
 
 def to_store(moments: Moments, full: bool) -> StoredMoments:
-    """Moments in the form in which they are stored. Of full ones that several processes have parts of, all
-    call it together."""
+    """Moments in the form in which they are stored. All processes of a mesh call it together; full ones, of
+    which it makes lower halves, only the lead gets."""
     if not full:
         return moments
-    return {name: halved(readable(moment)) for name, moment in moments.items()}
+    whole = {name: readable(moment) for name, moment in moments.items()}
+    return {name: halved(moment) for name, moment in whole.items()} if is_lead() else {}
 
 
 def chunks_of_batch(chunks: int, length: int, batch_tokens: int, mesh: Mesh) -> int:

@@ -17,7 +17,7 @@ from svsk_jax.calibration.statistics import StoredMoments
 from svsk_jax.calibration.stored_arrays import AGAIN, StoredArrays, write_arrays
 from svsk_jax.json_data import read_json_object
 from svsk_jax.model.config import ModelConfig
-from svsk_jax.quant.half_moment import HalfMoment, diagonal_places
+from svsk_jax.quant.half_moment import HalfMoment, as_stored, diagonal_places
 from svsk_jax.quant.types import InputMoment, OutputSensitivity
 from svsk_jax.storage.atomic import write_json
 
@@ -152,7 +152,7 @@ class _MomentsOfFile(_Stored[InputMoment | HalfMoment]):
     def __getitem__(self, name: str) -> InputMoment | HalfMoment:
         stem = f"{self.prefix}{name}"
         total, tokens = self.arrays[stem], np.asarray(self.arrays[f"{stem}.tokens"][0])
-        return (HalfMoment if self.full else InputMoment)(total=total, tokens=tokens)
+        return as_stored(total, tokens, self.full)
 
 
 class _SensitivitiesOfFile(_Stored[OutputSensitivity]):

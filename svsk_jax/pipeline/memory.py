@@ -235,19 +235,20 @@ def _calibration(
     here = batches * of_batch if streams == "devices" else min(batches, 3) * of_batch
     widths, tokens = Widths.of(model), batch * length
     full = calibration.moments == "full"
-    moments, stored = moment_bytes(model, full), stored_moment_bytes(model, full)
+    sharing = 1 if machine.shares_host else machine.model
+    moments, stored = moment_bytes(model, full, sharing), stored_moment_bytes(model, full, sharing)
     written = WRITTEN_AT_ONCE * stored
     layer, outer = size * layer_weights(model), size * outer_weights(model)
     if machine.shares_host:
-        # One is read ahead. Sums and what a batch adds, on each device; this layer's halves as they are made
-        # and put together, and those that are being written.
-        weights, sums = (1 + copies) * layer, 2 * copies * moments + 2 * stored + written
+        # One is read ahead. Sums and what a batch adds, on each device; this layer's halves as they are made,
+        # and those that are being written, put together of several devices' parts.
+        together = written if machine.model > 1 else 0
+        weights, sums = (1 + copies) * layer, 2 * copies * moments + 2 * stored + written + together
         loading = outer + batches * of_batch
     else:
-        # Halves lie on one device until they are written: beside a batch's sums, or this layer's halves as
-        # they are made, and put together of several devices' parts.
-        shared, parts = moments // machine.model, stored if machine.model > 1 else 0
-        weights, sums = 2 * layer, max(2 * shared, shared + stored + parts) + written
+        # Halves lie where they are made until they are written: beside a batch's sums, or this layer's halves
+        # as they are made.
+        weights, sums = 2 * layer, max(2 * moments, moments + stored) + written
         loading = 0
     walking = here + weights + sums + copies * widths.forwards(tokens, length, size)
     peaks = {"text": text} if text else {}

@@ -2,18 +2,20 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 from svsk_jax.calibration.self_text import MAX_BATCH, SAMPLE_LENGTH
 from svsk_jax.calibration.sensitivity import HEAD_TOKENS
 from svsk_jax.model.config import ModelConfig
 from svsk_jax.model.parameters import (
+    EXPERTS,
     input_widths,
     layer_kinds,
     layer_linears,
     outer_shapes,
     parameter_shapes,
 )
-from svsk_jax.quant.half_moment import half_size
+from svsk_jax.quant.half_moment import half_size, part_size
 from svsk_jax.quant.types import SENSITIVITY_TILE
 
 AHEAD = 3
@@ -130,18 +132,24 @@ def text_bytes(model: ModelConfig, itemsize: int) -> int:
     return itemsize * (weights + 2 * cache) + logits
 
 
-def moment_bytes(model: ModelConfig, full: bool) -> int:
-    """The moments of a layer, f32."""
-    return 4 * max(
-        sum(width * (width if full else 1) for width in input_widths(model, index).values())
-        for index in layer_kinds(model)
-    )
+def moment_bytes(model: ModelConfig, full: bool, devices: int = 1) -> int:
+    """The moments of a layer, f32, on one of so many devices that divide their rows."""
+    return _of_layer(model, devices, lambda width, parts: width // parts * width if full else width)
 
 
-def stored_moment_bytes(model: ModelConfig, full: bool) -> int:
-    """The moments of a layer as they are stored, f32."""
+def stored_moment_bytes(model: ModelConfig, full: bool, devices: int = 1) -> int:
+    """The moments of a layer as they are stored, f32: what the last of so many devices makes of its rows."""
+    return _of_layer(model, devices, lambda width, parts: part_size(width, parts) if full else width)
+
+
+def _of_layer(model: ModelConfig, devices: int, size: Callable[[int, int], int]) -> int:
+    """Bytes of f32 arrays of so many numbers for each input of the largest layer, given its width and the
+    devices that divide it: experts' inputs, and others that they do not divide, are on each."""
     return 4 * max(
-        sum(half_size(width) if full else width for width in input_widths(model, index).values())
+        sum(
+            size(width, 1 if width % devices or name.startswith(EXPERTS) else devices)
+            for name, width in input_widths(model, index).items()
+        )
         for index in layer_kinds(model)
     )
 

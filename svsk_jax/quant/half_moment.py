@@ -48,6 +48,12 @@ def diagonal_places(width: int) -> np.ndarray:
     return np.cumsum(columns) - columns + rows
 
 
+def part_size(width: int, devices: int) -> int:
+    """Numbers in the largest part of the half of a matrix whose rows lie on so many devices: the last's."""
+    first = width - width // devices
+    return half_size(width) - int(diagonal_places(width)[first]) + first
+
+
 @partial(jax.jit, static_argnames="first")
 def lower_rows(rows: Float[Array, "*batch r k"], first: int = 0) -> Float[Array, "*batch size"]:
     """What the half has of rows `first`, `first` + 1, … of a matrix [K, K]: of all of them, the half."""
@@ -79,16 +85,22 @@ def mirrored(half: Float32[Array, "size"]) -> Float32[Array, "k k"]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HalfMoment:
-    """A full `InputMoment` of which `total` has the lower half, f32 [size]. A stack of experts' has an axis
-    of experts in front, as have its `tokens`."""
+    """A full `InputMoment` whose lower half, f32 [size], is `parts` one after the other: one, or what each
+    device of a `model` group made, and where it made it. A stack of experts' has an axis of experts in front,
+    as have its `tokens`."""
 
-    total: MomentValue
+    parts: tuple[MomentValue, ...]
     tokens: MomentValue
+
+    @property
+    def total(self) -> MomentValue:
+        """The lower half, f32 [size]; several parts are put together on the host."""
+        return self.parts[0] if len(self.parts) == 1 else np.concatenate(jax.device_get(self.parts), axis=-1)
 
     @property
     def width(self) -> int:
         """K."""
-        return half_width(self.total.shape[-1])
+        return half_width(sum(part.shape[-1] for part in self.parts))
 
     @property
     def whole(self) -> InputMoment:
@@ -101,19 +113,23 @@ class HalfMoment:
         return self.whole.mean
 
 
+def as_stored(total: MomentValue, tokens: MomentValue, full: bool) -> InputMoment | HalfMoment:
+    """The moment that is stored as `total`: of a full one the lower half, else the diagonal."""
+    if full:
+        return HalfMoment(parts=(total,), tokens=tokens)
+    return InputMoment(total=total, tokens=tokens)
+
+
 def whole_moment(moment: "InputMoment | HalfMoment") -> InputMoment:
     """The whole of a half; a diagonal moment is one already."""
     return moment.whole if isinstance(moment, HalfMoment) else moment
 
 
 def halved(moment: InputMoment) -> HalfMoment:
-    """The lower half of a full moment [K, K], or of experts' [E, K, K], made on the devices where it lies: of
-    rows divided over several the parts are then brought to the first, of a replicated one the first copy is
-    taken."""
+    """The lower half of a full moment [K, K], or of experts' [E, K, K], made on the devices where it lies and
+    left there: of rows divided over several each makes a part, of a replicated one the first copy counts."""
     total = jnp.asarray(moment.total)
     parts = {shard.index[-2].start or 0: shard.data for shard in reversed(total.addressable_shards)}
-    firsts = sorted(parts)
-    halves = [lower_rows(parts[first], first) for first in firsts]
-    if len(halves) > 1:
-        halves = [jnp.concatenate(jax.device_put(halves, halves[0].device), axis=-1)]
-    return HalfMoment(total=halves[0], tokens=moment.tokens)
+    return HalfMoment(
+        parts=tuple(lower_rows(parts[first], first) for first in sorted(parts)), tokens=moment.tokens
+    )

@@ -13,6 +13,7 @@ from svsk_jax.quant.half_moment import (
     half_size,
     half_width,
     halved,
+    part_size,
     whole_moment,
 )
 from svsk_jax.quant.types import InputMoment
@@ -56,9 +57,12 @@ def test_rows_of_several_devices_make_one_half(mesh):
     width = 2 * STRIP + 14
     total = np.random.default_rng(0).random((width, width), np.float32)
     place = sharding(make_mesh(*mesh, devices=jax.devices()[: mesh[0] * mesh[1]]), "moment_rows", None)
-    found = halved(moment_of(jax.device_put(total, place))).total
-    assert found.devices() == {jax.devices()[0]}
-    np.testing.assert_array_equal(found, halved(moment_of(total)).total)
+    found = halved(moment_of(jax.device_put(total, place)))
+    assert [part.devices() for part in found.parts] == [{device} for device in jax.devices()[: mesh[1]]]
+    assert max(part.size for part in found.parts) == found.parts[-1].size == part_size(width, mesh[1])
+    assert found.width == width
+    for half in (found, jax.device_get(found)):
+        np.testing.assert_array_equal(half.total, halved(moment_of(total)).total)
 
 
 def test_stacks_of_experts():
