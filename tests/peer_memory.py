@@ -91,6 +91,8 @@ class Memory:
             elif operation in ("setp.eq.u32", "setp.ne.u32"):
                 same = bits(names[1], np.uint32) == bits(names[2], np.uint32)
                 put(names[0], same if operation == "setp.eq.u32" else ~same)
+            elif operation == "setp.nan.f32":
+                put(names[0], np.isnan(bits(names[1], np.float32)) | np.isnan(bits(names[2], np.float32)))
             elif operation == "selp.f32":
                 values = (bits(name, np.float32) for name in names[1:3])
                 put(names[0], np.where(held[names[3]], *values))
@@ -107,11 +109,11 @@ class Memory:
         return held["$0"].reshape(np.shape(inputs[0]))
 
 
-def boxes_of(devices, turn, patience=1 << 24):
-    """As `parallel.boxes` makes them, of boxes that lie in a `Memory`."""
-    rows = address_rows([BASE + index * STRIDE for index in range(devices)])
+def boxes_of(devices, turn, patience=1 << 24, groups=1):
+    """As `parallel.boxes` makes them, of boxes that lie in a `Memory` of all groups' devices."""
+    places = BASE + STRIDE * np.arange(groups * devices).reshape(groups, devices)
     return Boxes(
-        addresses=jnp.asarray(rows[None]),
+        addresses=jnp.asarray(np.stack([address_rows(group.tolist()) for group in places])),
         turn=jnp.asarray([turn], jnp.int32),
         patience=jnp.asarray([patience], jnp.int32),
     )

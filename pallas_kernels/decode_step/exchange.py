@@ -10,8 +10,9 @@ turn t + 2 overwrites turn t, and it only gets there with all numbers of turn t 
 when they have read turn t. So devices must take the same turns, in order.
 
 A thread asks a number of times, not for ever, and then its sum is NaN: a device that has lost another says
-so. A kernel that asks once only, and finds nothing, is how programs are loaded and recorded before devices
-wait for one another: what the driver does then may itself wait for a GPU that waits.
+so. With a number that is NaN it does not wait: a device that has lost another does so once, not at each sum.
+A kernel that asks once only, and finds nothing, is how programs are loaded and recorded before devices wait
+for one another: what the driver does then may itself wait for a GPU that waits.
 
 Pallas lowers the assembly as free of side effects. It stays, once and in its place, because its result is
 stored. A thread sends one number and waits, then the next. So a program's threads should have a number each:
@@ -82,12 +83,14 @@ add.f32 sum, sum, value; add.u64 box, box, {LARGEST * WORD};"""
     ]
     registers, own = (", ".join(f"{name}{d}" for d in range(devices)) for name in ("at", "mine"))
     lines = [
-        f"{{ .reg .pred again, late, {own}; .reg .b64 {registers}, there, to, word, box, off;",
+        f"{{ .reg .pred again, late, lost, {own}; .reg .b64 {registers}, there, to, word, box, off;",
         ".reg .f32 value, sum; .reg .b32 seen, left;",
         *address,
         "cvt.u64.u32 there, $3; cvt.u64.u32 off, $4; mov.b64 word, {$1, $2}; mov.b64 box, 0;",
         *send,
         "add.u64 box, box, off; mov.b32 left, $5; mov.f32 sum, 0f00000000;",
+        "setp.nan.f32 lost, $1, $1;",
+        "@lost mov.b32 left, 0;",
         *take,
         "mov.f32 $0, sum; }",
     ]

@@ -125,7 +125,7 @@ def finishing(
             rows of the weight on there are zeros.
         width: of rows.
         shared: whether all starts need the same rows of V.
-        threads: of the program. A row of y has one thread, if there are no more than rows.
+        threads: of the program. Where there are as many as rows of y, or fewer, each row is in one of them.
     """
     padded_rows = product.weight.padded_rows
 

@@ -23,7 +23,7 @@ from svsk_jax.storage.durable import durable_file
 AGAIN = "run `svsk calibrate` again"
 PIECE = 1 << 22
 """Bytes of a piece; a digest hangs on it."""
-THREADS = min(8, os.cpu_count() or 1)
+THREADS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 """Pieces that are worked on at once."""
 NOTE = "svsk"
 """Key of digests, and what else is told of the arrays, in the metadata of a file."""
@@ -88,7 +88,10 @@ class StoredArrays(Mapping[str, np.ndarray]):
         dtype = DTYPES.get(entry["dtype"])
         if dtype is None:
             raise ValueError(f"{self.path}: {name} is {entry['dtype']}, expected F32 or I32; {AGAIN}")
-        value = np.empty(entry["shape"], dtype)
+        try:
+            value = np.empty(entry["shape"], dtype)
+        except ValueError as error:
+            raise self._damaged(error) from error
 
         def read(piece: _Piece) -> tuple[bytes, bool]:
             left, place = piece.bytes, piece.place

@@ -1,6 +1,7 @@
 """Memory in which the GPUs of one host leave numbers for one another."""
 
 import ctypes
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,14 +20,17 @@ ALREADY_ENABLED = 704
 TURNS = 1 << 32
 PATIENCE = 1 << 24
 """Times that an exchange asks again: some 10 seconds."""
+IN_ORDER = threading.Lock()
+"""Held by a thread from taking turns until it has sent its call: no two GPUs get calls in different orders,
+which would wait for each other."""
 
 
 class PeerBoxes:
     """Boxes of all devices of a mesh, each for those along its `model` axis, and whose turn it is.
 
-    `decode_step.finish_residual` uses them. They stay where they are until this object goes, and it must
-    outlive every call that has taken turns. A program must run once with `take(…, wait=False)` before it runs
-    in earnest.
+    `decode_step.finish_residual` uses them. They stay where they are until this object goes, which may be
+    while a call is on its way: the devices' memory is given to nothing else before that call ends. A program
+    must run once with `take(…, wait=False)` before it runs in earnest.
 
     Raises:
         ValueError: `why_no_boxes` has a reason.
@@ -44,7 +48,8 @@ class PeerBoxes:
         self._turn = 1
 
     def take(self, exchanges: int, *, wait: bool = True) -> Boxes:
-        """For the next call, which exchanges so often. Calls must run in the order in which they took.
+        """For the next call, which exchanges so often. Calls must run in the order in which they took, on all
+        devices: take and call under `IN_ORDER`.
 
         With `wait` False devices don't wait for one another, and what the call computes means nothing: a
         program that runs for the first time is still loaded, and its kernels recorded, by a driver that may

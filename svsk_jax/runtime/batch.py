@@ -12,7 +12,7 @@ import numpy as np
 from pallas_kernels.svsk_matmul.layout import ceil_div
 from svsk_jax.model.fused_step import LARGEST_BATCH, batch_bucket
 from svsk_jax.runtime.detokenize import Detokenizer
-from svsk_jax.runtime.generate import GenerationResult, TextGenerator
+from svsk_jax.runtime.generate import GenerationResult, TextGenerator, fetched
 from svsk_jax.runtime.sampling import SamplingConfig
 from svsk_jax.runtime.steps import State
 
@@ -98,7 +98,7 @@ def _group(
     while not all(text.finished for text in texts):
         # The next burst runs while this one is fetched; the one after the last token is wasted.
         ahead, together = step(together)
-        for text, column in zip(texts, np.asarray(tokens).T.tolist(), strict=False):
+        for text, column in zip(texts, fetched(tokens).T.tolist(), strict=False):
             text.take(column, generator.stop_ids)
         tokens = ahead
     seconds = time.perf_counter() - start

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from svsk_jax.model import Decoder
 from svsk_jax.model.fused_step import exchanges, why_not_fused
 from svsk_jax.parallel import DATA
-from svsk_jax.parallel.boxes import PeerBoxes, why_no_boxes
+from svsk_jax.parallel.boxes import IN_ORDER, PeerBoxes, why_no_boxes
 from svsk_jax.parallel.decoder import ParallelDecoder
 from svsk_jax.runtime import steps
 from svsk_jax.runtime.detokenize import Detokenizer
@@ -65,6 +65,21 @@ class TextStream(Iterator[str]):
         if self._result is None:
             raise RuntimeError("the text is not finished; iterate to the end before asking for the result")
         return self._result
+
+
+def fetched(tokens: jax.Array) -> np.ndarray:
+    """The tokens of a step on the host, int32 [burst, b].
+
+    Raises:
+        RuntimeError: a GPU lost another.
+    """
+    found = np.asarray(tokens)
+    if (found == steps.LOST).any():
+        raise RuntimeError(
+            "a GPU waited in vain for what another computes, and the text is lost: see whether all GPUs of "
+            "the mesh are well and no other program holds one of them, and run again"
+        )
+    return found
 
 
 class TextGenerator:
@@ -202,7 +217,9 @@ class TextGenerator:
             return lambda state: self._step(self._leaves, state, key, numbers, **static), state
 
         def step(state: steps.State, *, wait: bool = True) -> tuple[jax.Array, steps.State]:
-            return self._step(self._leaves, state, key, numbers, boxes.take(turns, wait=wait), **static)
+            with IN_ORDER:
+                taken = boxes.take(turns, wait=wait)
+                return self._step(self._leaves, state, key, numbers, taken, **static)
 
         form = len(state.tokens), greedy
         if form not in self._rehearsed:
@@ -230,7 +247,7 @@ class TextGenerator:
         while finish_reason != "stop" and len(ids) < budget:
             # The next step runs while these tokens are fetched and shown; what follows a stop is wasted.
             ahead = step(state) if step is not None and made < budget else None
-            for token_id in np.asarray(tokens)[: budget - len(ids), 0].tolist():
+            for token_id in fetched(tokens)[: budget - len(ids), 0].tolist():
                 if token_id in self.stop_ids:
                     finish_reason = "stop"
                     break

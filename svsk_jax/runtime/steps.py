@@ -16,6 +16,8 @@ from svsk_jax.runtime.sampling import SamplingNumbers, draw, sample
 SMALLEST_BUCKET = 16
 BURST = 8
 """Tokens that the fused step makes before the host sees them."""
+LOST = -1
+"""In place of a token, where GPUs waited for one another's numbers in vain."""
 SLOTS = 64
 """The cache of the fused step holds a multiple of so many positions."""
 
@@ -92,8 +94,9 @@ def fused_steps(
 ) -> tuple[Int[Array, "burst b"], State]:
     """`BURST` more tokens of each text by the step of few kernels, without the host. Donate the state.
 
-    Each text is drawn as it would be alone. `boxes` are for `BURST` times the `exchanges` of a step. `greedy`
-    takes the likeliest tokens; it is not traced, since a branch on the device would make the host wait.
+    Each text is drawn as it would be alone. `boxes` are for `BURST` times the `exchanges` of a step; a sum
+    that was lost makes every logit NaN, and the token `LOST`. `greedy` takes the likeliest tokens; it is not
+    traced, since a branch on the device would make the host wait.
     """
     model: Decoder = jax.tree.unflatten(structure, leaves)
 
@@ -111,6 +114,8 @@ def fused_steps(
         else:
             each = jax.vmap(jax.random.fold_in, (None, 0))(key, lengths)
             tokens = jax.vmap(lambda row, key: draw(row[None], key, numbers)[0])(logits, each)
+        if mine is not None:
+            tokens = jnp.where(jnp.isnan(logits[:, 0]), LOST, tokens)
         return State(keys, values, lengths, tokens), tokens
 
     state, tokens = jax.lax.scan(one, state, jnp.arange(BURST))

@@ -10,6 +10,7 @@ import pytest
 from support import TINY
 from weights import random_int8, random_weight
 
+from pallas_kernels.decode_step.attention import splits_of
 from svsk_jax.model import Decoder, KVCache
 from svsk_jax.model.fused_step import batch_bucket, fused_step, why_not_fused
 from svsk_jax.model.laid_out import lay_out_parameters
@@ -83,7 +84,7 @@ def test_sequences_of_different_lengths(name):
     rng = np.random.default_rng(1)
     tokens = jnp.asarray(rng.integers(0, 97, (8, 6)), jnp.int32)
     lengths = jnp.asarray([0, 1, 2, 3, 4, 5, 0, 3], jnp.int32)
-    filled = extend(exact, tokens, KVCache.empty(model.config, 8, 100, exact.dtype))
+    filled = extend(exact, tokens, KVCache.empty(model.config, 8, 128, exact.dtype))
     filled_keys, filled_values = (
         tuple(each.astype(model.dtype) for each in cache) for cache in (filled.keys, filled.values)
     )
@@ -95,8 +96,16 @@ def test_sequences_of_different_lengths(name):
     # The new position's keys are as they were; others are not touched.
     difference = jnp.abs(keys[0].astype(jnp.float32) - filled_keys[0].astype(jnp.float32))
     assert jnp.max(difference) < 1e-2
-    untouched = jnp.arange(100)[None, :] != lengths[:, None]
+    untouched = jnp.arange(128)[None, :] != lengths[:, None]
     assert jnp.max(jnp.where(untouched[:, :, None, None], difference, 0)) == 0
+
+
+@pytest.mark.parametrize(
+    ("capacity", "programs", "splits"),
+    [(8, 8, 1), (128, 16, 2), (1088, 8, 16), (1088, 4, 16), (8256, 4, 32), (8256, 64, 2), (8256, 512, 1)],
+)
+def test_how_attention_splits_positions(capacity, programs, splits):
+    assert splits_of(capacity, programs) == splits
 
 
 def test_what_cannot_run():

@@ -123,12 +123,12 @@ class EmulatedBoxes:
     """As `PeerBoxes`, in an emulated memory."""
 
     def __init__(self, mesh):
-        self.turn, self.rehearsals = 1, 0
+        self.turn, self.rehearsals, self.patience = 1, 0, 1 << 24
 
     def take(self, exchanges, *, wait=True):
         turn, self.turn = self.turn, self.turn + exchanges
         self.rehearsals += not wait
-        return boxes_of(2, turn, 1 << 24 if wait else 0)
+        return boxes_of(2, turn, self.patience if wait else 0, groups=2)
 
 
 @pytest.fixture(scope="module")
@@ -138,16 +138,15 @@ def generators():
     config = dataclasses.replace(PACKED, hidden_size=64)
     source = PackedSource(config, ranks=(0, 3), tile=(64, 0))
     with pytest.MonkeyPatch.context() as patch:
-        emulate(patch, Memory(2))
+        emulate(patch, Memory(4))
         patch.setattr(generate_module, "why_not_fused", lambda model: None)
         patch.setattr(steps, "fused_steps", partial(steps.fused_steps, interpret=True))
-        models = [Decoder(config, laid_out(source.parameters))]
-        meshes = make_mesh(2, 2), make_mesh(1, 2, jax.devices()[:2])
-        models += [load_parallel(source, jnp.float32, mesh, lay_out=laid_out) for mesh in meshes]
-        made = [TextGenerator(model, byte_tokenizer(), capacity=40) for model in models[:2]]
+        alone = Decoder(config, laid_out(source.parameters))
+        spread = load_parallel(source, jnp.float32, make_mesh(2, 2), lay_out=laid_out)
+        made = [TextGenerator(model, byte_tokenizer(), capacity=40) for model in (alone, spread)]
         patch.setattr(generate_module, "why_no_boxes", lambda mesh: None)
         patch.setattr(generate_module, "PeerBoxes", EmulatedBoxes)
-        yield [*made, TextGenerator(models[2], byte_tokenizer(), capacity=40)]
+        yield [*made, TextGenerator(spread, byte_tokenizer(), capacity=40)]
 
 
 @pytest.mark.parametrize("small_sum", [0, 1 << 18])
@@ -227,3 +226,9 @@ def test_texts_by_the_fused_step(generators):
         together = generate_batch(exchanging, PROMPTS, max_tokens=12)
         assert [each.token_ids for each in together] == expected
     assert exchanging.boxes.rehearsals == 2
+    # Nobody waits as long as the others need.
+    exchanging.boxes.patience = 0
+    with pytest.raises(RuntimeError, match="a GPU waited in vain"):
+        exchanging.generate(PROMPTS[0], max_tokens=12)
+    with pytest.raises(RuntimeError, match="a GPU waited in vain"):
+        generate_batch(exchanging, PROMPTS, max_tokens=12)
