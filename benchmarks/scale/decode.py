@@ -1,7 +1,7 @@
 """Tensor-parallel decoding by the fused step."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -154,7 +154,7 @@ def decode(tiny: bool, report: Callable[..., None]) -> None:
     """Times, then what the logits of fewer layers are compared to: a limit of time cuts off the end."""
     report(**machine())
     batches = (1, 8) if tiny else (1, 16)
-    cases = list(itertools.product(batches, cases_of(tiny, None, report)))
+    cases = list(itertools.product(batches, cases_of(tiny, None, counts(tiny), report)))
     report(made=True)
     bursts = [lowered_burst(model, batch, tiny, boxes) for batch, (_, model, _, boxes) in cases]
     report(lowered=True)
@@ -174,7 +174,7 @@ def decode(tiny: bool, report: Callable[..., None]) -> None:
             times_one_device=alone[batch] / ms,
         )
     del cases, bursts, calls
-    cases = cases_of(tiny, FEW_LAYERS, report)
+    cases = cases_of(tiny, FEW_LAYERS, counts(tiny), report)
     for batch in batches:
         expected = logits(cases[0][1], batch, tiny, None)
         for devices, model, way, boxes in cases[1:]:
@@ -182,10 +182,10 @@ def decode(tiny: bool, report: Callable[..., None]) -> None:
 
 
 def cases_of(
-    tiny: bool, layers: int | None, report: Callable[..., None]
+    tiny: bool, layers: int | None, numbers: Sequence[int], report: Callable[..., None]
 ) -> list[tuple[int, Model, str, PeerBoxes | None]]:
-    """Numbers of devices, from one on, with the model on them and each way to add up."""
-    models = [(devices, on_devices(tiny, layers, devices)) for devices in counts(tiny)]
+    """Numbers of devices, in their order, with the model on them and each way to add up."""
+    models = [(devices, on_devices(tiny, layers, devices)) for devices in numbers]
     return [
         (devices, model, way, boxes)
         for devices, model in models
@@ -245,8 +245,7 @@ def with_options(tiny: bool, report: Callable[..., None]) -> None:
 
 def kernels(tiny: bool, report: Callable[..., None]) -> None:
     """Device time of a token on one and on two devices, by kernel, without CUDA graphs."""
-    cases = sorted(cases_of(tiny, FEW_LAYERS, report), key=lambda case: -case[0])
-    cases = [case for case in cases if case[0] <= 2]
+    cases = cases_of(tiny, FEW_LAYERS, counts(tiny)[:2][::-1], report)
     for batch, (devices, model, way, boxes) in itertools.product((1,) if tiny else (1, 16), cases):
         call = burst(model, batch, tiny, boxes)
         if tiny:

@@ -128,7 +128,6 @@ def finishing(
         threads: of the program. Where there are as many as rows of y, or fewer, each row is in one of them.
     """
     padded_rows = product.weight.padded_rows
-
     found: list[list[jax.Array]] = []
     units: list[_Unit] = []
     for start in starts:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float32
 from svsk_jax.model.decoder import DecoderLayer
 from svsk_jax.model.experts import Experts
 from svsk_jax.model.parameters import EXPERT_INPUTS, EXPERTS, expert
-from svsk_jax.quant.half_moment import HalfMoment, as_stored
+from svsk_jax.quant.half_moment import HalfMoment, StoredMoment, as_stored
 from svsk_jax.quant.types import InputMoment, OutputSensitivity
 
 INPUTS = tuple(f"{EXPERTS}.{name}" for name in dict.fromkeys(EXPERT_INPUTS.values()))
@@ -101,15 +101,15 @@ class Routed:
 
 
 def moments_by_expert(
-    moments: Mapping[str, InputMoment | HalfMoment],
-) -> tuple[dict[str, InputMoment | HalfMoment], Starved]:
+    moments: Mapping[str, StoredMoment],
+) -> tuple[dict[str, StoredMoment], Starved]:
     """A layer's moments, as they are stored, with each expert's in place of the stacks.
 
     A full [K, K] moment is an expert's own if it has at least K tokens: of fewer the sum is singular, and
     what error feedback makes of it is the damping alone. Diagonals need 32 tokens. An expert with fewer gets
     the pooled moment of all experts of its layer, every token counted once for each expert that it went to.
     """
-    named: dict[str, InputMoment | HalfMoment] = {}
+    named: dict[str, StoredMoment] = {}
     starved: Starved = {}
     for name, moment in moments.items():
         if name not in INPUTS:

@@ -21,15 +21,15 @@ from svsk_jax.model.parameters import LINEAR_INPUTS
 from svsk_jax.parallel import MODEL, sharding
 from svsk_jax.parallel.distributed import is_lead
 from svsk_jax.parallel.placement import put, readable
-from svsk_jax.quant.half_moment import HalfMoment, halved
+from svsk_jax.quant.half_moment import StoredMoment, halved
 from svsk_jax.quant.types import InputMoment
 
 Moments = dict[str, InputMoment]
 """The moment of each activation that linears read, by name (`parameters.linear_inputs`; of experts while a
 layer is walked, see `calibration.experts`)."""
 
-StoredMoments = Mapping[str, InputMoment | HalfMoment]
-"""Moments as they are stored: diagonals, or lower halves."""
+StoredMoments = Mapping[str, StoredMoment]
+"""By name, as `Moments`."""
 
 MomentSums = dict[str, InputMoment]
 """Moments that are still to be added up: `total` [data, rows, K], rows padded to a multiple of `model`, or of

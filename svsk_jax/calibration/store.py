@@ -17,8 +17,8 @@ from svsk_jax.calibration.statistics import StoredMoments
 from svsk_jax.calibration.stored_arrays import AGAIN, StoredArrays, write_arrays
 from svsk_jax.json_data import read_json_object
 from svsk_jax.model.config import ModelConfig
-from svsk_jax.quant.half_moment import HalfMoment, as_stored, diagonal_places
-from svsk_jax.quant.types import InputMoment, OutputSensitivity
+from svsk_jax.quant.half_moment import HalfMoment, StoredMoment, as_stored, diagonal_places
+from svsk_jax.quant.types import OutputSensitivity
 from svsk_jax.storage.atomic import write_json
 
 MANIFEST = "calibration.json"
@@ -73,6 +73,7 @@ def write_moments(folder: Path, index: int, moments: StoredMoments, starved: Sta
     Raises:
         ValueError: an activation that overflowed, by name: nothing can be made of its moment.
     """
+    moments = jax.device_get(moments)
     arrays = _plain_moments(moments)
     for name, moment in moments.items():
         # A sum of squares: where an entry of the matrix is not finite, its diagonal isn't either.
@@ -120,7 +121,7 @@ def starved_experts(folder: Path, layers: Iterable[int], sensitive: Iterable[int
 
 def _plain_moments(moments: StoredMoments) -> dict[str, np.ndarray]:
     arrays = {}
-    for name, moment in jax.device_get(moments).items():
+    for name, moment in moments.items():
         arrays[name] = np.asarray(moment.total)
         arrays[f"{name}.tokens"] = np.asarray(moment.tokens).reshape(1)
     return arrays
@@ -142,14 +143,14 @@ class _Stored(Mapping[str, T]):
         return len(self.names)
 
 
-class _MomentsOfFile(_Stored[InputMoment | HalfMoment]):
+class _MomentsOfFile(_Stored[StoredMoment]):
     def __init__(self, arrays: StoredArrays, full: bool, prefix: str = ""):
         stems = [name.removesuffix(".tokens") for name in arrays if name.endswith(".tokens")]
         named = [name for name in stems if name in arrays and name.startswith(prefix)]
         super().__init__(arrays, (name.removeprefix(prefix) for name in named))
         self.full, self.prefix = full, prefix
 
-    def __getitem__(self, name: str) -> InputMoment | HalfMoment:
+    def __getitem__(self, name: str) -> StoredMoment:
         stem = f"{self.prefix}{name}"
         total, tokens = self.arrays[stem], np.asarray(self.arrays[f"{stem}.tokens"][0])
         return as_stored(total, tokens, self.full)
@@ -223,13 +224,11 @@ class Statistics:
         """The chunks of tokens that were measured on, int32 [chunks, length]."""
         return read_tokens(self.folder)
 
-    def layer(self, index: int) -> Mapping[str, InputMoment | HalfMoment]:
+    def layer(self, index: int) -> Mapping[str, StoredMoment]:
         """Moments of one layer as they are stored, each read when it is asked for."""
         return _MomentsOfFile(StoredArrays(_moments_file(self.folder, index)), self.has_full_moments)
 
-    def sensitivities(
-        self, index: int
-    ) -> tuple[Mapping[str, OutputSensitivity], Mapping[str, InputMoment | HalfMoment]]:
+    def sensitivities(self, index: int) -> tuple[Mapping[str, OutputSensitivity], Mapping[str, StoredMoment]]:
         """Output sensitivities and weighted moments of one layer, each read when it is asked for; empty
         without a Fisher pass."""
         if not self.has_sensitivity:

@@ -2,8 +2,8 @@
 
 import ctypes
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -18,11 +18,10 @@ SPECS = Boxes(addresses=P(DATA, MODEL), turn=P(), patience=P())
 ALREADY_ENABLED = 704
 """What CUDA answers where a GPU may read another's memory already."""
 TURNS = 1 << 32
+T = TypeVar("T")
 PATIENCE = 1 << 24
 """Times that an exchange asks again: some 10 seconds."""
-IN_ORDER = threading.Lock()
-"""Held by a thread from taking turns until it has sent its call: no two GPUs get calls in different orders,
-which would wait for each other."""
+_IN_ORDER = threading.Lock()
 
 
 class PeerBoxes:
@@ -49,7 +48,7 @@ class PeerBoxes:
 
     def take(self, exchanges: int, *, wait: bool = True) -> Boxes:
         """For the next call, which exchanges so often. Calls must run in the order in which they took, on all
-        devices: take and call under `IN_ORDER`.
+        devices: where several threads call, or several objects share devices, `send` sees to it.
 
         With `wait` False devices don't wait for one another, and what the call computes means nothing: a
         program that runs for the first time is still loaded, and its kernels recorded, by a driver that may
@@ -59,6 +58,12 @@ class PeerBoxes:
         self._turn = (self._turn + exchanges) % TURNS
         patience = np.asarray([PATIENCE if wait else 0], np.int32)
         return Boxes(addresses=self._addresses, turn=turn, patience=patience)
+
+    def send(self, call: Callable[[Boxes], T], exchanges: int, *, wait: bool = True) -> T:
+        """What `call` gives with what `take` does. No other thread sends one between, so that all GPUs get
+        calls in one order; in different ones they would wait for each other."""
+        with _IN_ORDER:
+            return call(self.take(exchanges, wait=wait))
 
 
 def address_rows(pointers: Sequence[int]) -> Any:

@@ -14,7 +14,7 @@ from svsk_jax.model.parameters import linear_inputs
 from svsk_jax.parallel.groups import DeviceGroups
 from svsk_jax.parallel.read_ahead import ReadAhead
 from svsk_jax.pipeline.working_sets import AHEAD
-from svsk_jax.quant.half_moment import HalfMoment, whole_moment
+from svsk_jax.quant.half_moment import StoredMoment, whole_moment
 from svsk_jax.quant.joint import input_metric, output_metric, plain_output_metric
 from svsk_jax.quant.row_parts import InputMetric, OutputMetric
 from svsk_jax.quant.types import InputMoment, OutputSensitivity, QuantConfig
@@ -25,8 +25,8 @@ Metrics = tuple[InputMetric, OutputMetric]
 class OfInput(NamedTuple):
     """What was measured of an input and of the linears that read it."""
 
-    moment: InputMoment | HalfMoment
-    weighted: InputMoment | HalfMoment | None
+    moment: StoredMoment
+    weighted: StoredMoment | None
     sensitivities: dict[str, OutputSensitivity]
 
 

@@ -11,11 +11,10 @@ from svsk_jax.pipeline.checks import check_weight
 from svsk_jax.pipeline.layer_statistics import StatisticsAhead, layer_statistics
 from svsk_jax.pipeline.plan import Plan
 from svsk_jax.quant.error import layer_error
-from svsk_jax.quant.half_moment import HalfMoment, whole_moment
+from svsk_jax.quant.half_moment import StoredMoment, whole_moment
 from svsk_jax.quant.joint import quantize_joint
 from svsk_jax.quant.linear import quantize_linear
 from svsk_jax.quant.row_parts import Devices
-from svsk_jax.quant.types import InputMoment
 from svsk_jax.storage.checkpoint import StoredLayer
 
 
@@ -63,7 +62,7 @@ def quantize_layer(
 def layer_errors(
     parameters: Mapping[str, Any],
     stored: Mapping[str, Any],
-    moments: Mapping[str, InputMoment | HalfMoment],
+    moments: Mapping[str, StoredMoment],
     reads: Mapping[str, str],
 ) -> dict[str, float]:
     """The layer error of each linear of a stored layer; `reads` as in `quantize_layer`."""

@@ -113,14 +113,18 @@ class HalfMoment:
         return self.whole.mean
 
 
-def as_stored(total: MomentValue, tokens: MomentValue, full: bool) -> InputMoment | HalfMoment:
+StoredMoment = InputMoment | HalfMoment
+"""A moment as it is stored: a diagonal, or the lower half of a matrix."""
+
+
+def as_stored(total: MomentValue, tokens: MomentValue, full: bool) -> StoredMoment:
     """The moment that is stored as `total`: of a full one the lower half, else the diagonal."""
     if full:
         return HalfMoment(parts=(total,), tokens=tokens)
     return InputMoment(total=total, tokens=tokens)
 
 
-def whole_moment(moment: "InputMoment | HalfMoment") -> InputMoment:
+def whole_moment(moment: StoredMoment) -> InputMoment:
     """The whole of a half; a diagonal moment is one already."""
     return moment.whole if isinstance(moment, HalfMoment) else moment
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from pallas_kernels.svsk_matmul.layout import SUPER_GROUP, expand_groups, pack_codes, pack_int6
 from svsk_jax.quant.codebook import LINEAR, decode, round_to_level
 from svsk_jax.quant.error_feedback import feedback, pad_square
-from svsk_jax.quant.half_moment import HalfMoment
+from svsk_jax.quant.half_moment import StoredMoment
 from svsk_jax.quant.metric import (
     band_blocks,
     bands,
@@ -67,9 +67,7 @@ class Base(NamedTuple):
     dense: Float[Array, "n k"]
 
 
-def input_metric(
-    moment: InputMoment, weighted: InputMoment | HalfMoment | None, config: QuantConfig
-) -> InputMetric:
+def input_metric(moment: InputMoment, weighted: StoredMoment | None, config: QuantConfig) -> InputMetric:
     """H as the recipe mixes and shrinks it. Linears that read the same activation share it.
 
     Args:

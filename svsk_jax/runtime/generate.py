@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from svsk_jax.model import Decoder
 from svsk_jax.model.fused_step import exchanges, why_not_fused
 from svsk_jax.parallel import DATA
-from svsk_jax.parallel.boxes import IN_ORDER, PeerBoxes, why_no_boxes
+from svsk_jax.parallel.boxes import PeerBoxes, why_no_boxes
 from svsk_jax.parallel.decoder import ParallelDecoder
 from svsk_jax.runtime import steps
 from svsk_jax.runtime.detokenize import Detokenizer
@@ -217,9 +217,9 @@ class TextGenerator:
             return lambda state: self._step(self._leaves, state, key, numbers, **static), state
 
         def step(state: steps.State, *, wait: bool = True) -> tuple[jax.Array, steps.State]:
-            with IN_ORDER:
-                taken = boxes.take(turns, wait=wait)
-                return self._step(self._leaves, state, key, numbers, taken, **static)
+            return boxes.send(
+                lambda taken: self._step(self._leaves, state, key, numbers, taken, **static), turns, wait=wait
+            )
 
         form = len(state.tokens), greedy
         if form not in self._rehearsed:

@@ -19,6 +19,7 @@ from svsk_jax.model.laid_out import lay_out_parameters
 from svsk_jax.model.parameters import QUANTIZED_LINEARS, layer_parameters, random_parameters
 from svsk_jax.models import load_model
 from svsk_jax.parallel import make_mesh
+from svsk_jax.parallel.boxes import PeerBoxes
 from svsk_jax.parallel.decoder import load_parallel, on_mesh
 from svsk_jax.runtime import TextGenerator, generate_batch, steps
 from svsk_jax.runtime import generate as generate_module
@@ -119,8 +120,8 @@ def test_what_does_not_divide_is_named():
         load_model(PackedSource(narrow), mesh=make_mesh(2, 4))
 
 
-class EmulatedBoxes:
-    """As `PeerBoxes`, in an emulated memory."""
+class EmulatedBoxes(PeerBoxes):
+    """In an emulated memory."""
 
     def __init__(self, mesh):
         self.turn, self.rehearsals, self.patience = 1, 0, 1 << 24
