@@ -94,7 +94,7 @@ def lowered_burst(
         _, after = step(leaves, state, key, numbers, held, greedy=True)
         return after._replace(lengths=state.lengths)
 
-    turns = steps.BURST * exchanges_of(model, batch)
+    turns = steps.BURST * exchanges_of(model, batch, greedy=True)
     lengths = jnp.full((batch,), CONTEXT - steps.BURST, jnp.int32)
     state = steps.State(caches(model, batch), caches(model, batch), lengths, jnp.zeros(batch, jnp.int32))
     held = [divided(model.mesh, state) if isinstance(model, ParallelDecoder) else state]
@@ -121,8 +121,9 @@ def lowered_burst(
     return compiled
 
 
-def exchanges_of(model: Model, batch: int) -> int:
-    return fused_step.exchanges(model.shares if isinstance(model, ParallelDecoder) else model, batch)
+def exchanges_of(model: Model, batch: int, *, greedy: bool) -> int:
+    share = model.shares if isinstance(model, ParallelDecoder) else model
+    return fused_step.exchanges(share, batch, greedy=greedy)
 
 
 def logits(model: Model, batch: int, tiny: bool, boxes: PeerBoxes | None) -> jax.Array:
@@ -133,7 +134,7 @@ def logits(model: Model, batch: int, tiny: bool, boxes: PeerBoxes | None) -> jax
     arguments = (tokens, caches(model, batch), caches(model, batch), lengths)
     if isinstance(model, ParallelDecoder):
         heads = sharding(model.mesh, None, None, "heads", None).spec
-        turns = exchanges_of(model, batch)
+        turns = exchanges_of(model, batch, greedy=False)
         step = on_mesh(
             model.mesh,
             lambda share, *given: work(share, *given[:4], boxes=given[4] if len(given) > 4 else None),

@@ -6,12 +6,14 @@ from pallas_kernels.decode_step.exchange import LARGEST as LARGEST_EXCHANGE
 from pallas_kernels.decode_step.exchange import Boxes
 from pallas_kernels.decode_step.gated import finish_gated
 from pallas_kernels.decode_step.heads import HEAD_DIMS
+from pallas_kernels.decode_step.likeliest import LOST, likeliest_over
 from pallas_kernels.decode_step.product import Product, product
 from pallas_kernels.decode_step.residual import Residual, finish_residual, why_no_exchange
 
 __all__ = [
     "HEAD_DIMS",
     "LARGEST_EXCHANGE",
+    "LOST",
     "MOST_QUERIES",
     "Boxes",
     "Product",
@@ -19,6 +21,7 @@ __all__ = [
     "attend",
     "finish_gated",
     "finish_residual",
+    "likeliest_over",
     "product",
     "why_no_exchange",
 ]

@@ -54,6 +54,10 @@ class Boxes:
         """What a kernel reads, by name."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
+    def after(self, turn: jax.Array) -> "Boxes":
+        """For the sum after one whose kernel gave this turn."""
+        return dataclasses.replace(self, turn=turn)
+
 
 def assembly(devices: int) -> str:
     """PTX of one thread: $0 is the sum, $1 its number, $2 the turn, $3 its word's place in a half of a box

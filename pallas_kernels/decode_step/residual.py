@@ -1,6 +1,5 @@
 """The Triton kernel that adds a product to the residual stream and prepares the next product's x."""
 
-import dataclasses
 from functools import partial
 from typing import NamedTuple
 
@@ -53,14 +52,16 @@ def _work(ref: Refs, superblock: jax.Array, row: jax.Array, *, product: Product 
     if product is not None:
         rows = [starts(superblock * WIDTH, PLANES, PLANE)]
         finish = finishing(ref, product, item, rows, PLANE, threads=32 * warps)
-        if "turn" in ref:
-            total = over_devices(ref, item * (ref["squares"].shape[1] * WIDTH) + column)
+    if "turn" in ref:
+        total = over_devices(ref, item * (ref["squares"].shape[1] * WIDTH) + column)
     x = plgpu.load(ref["x"].at[item, column], mask=inside, other=0).astype(jnp.float32)
     scale = plgpu.load(ref["scale"].at[column], mask=inside, other=0).astype(jnp.float32)
     if finish is not None:
         [y] = finish()
         y = y if total is None else total(y)
         x = jnp.where(inside, x + biased(ref, y, column, inside), 0.0)
+    elif total is not None:
+        x = total(x)
     scaled = jnp.where(row < tokens, x * scale, 0.0)
     store_superblock(ref["values"], ref["unit"], row, superblock, scaled)
 
@@ -94,7 +95,8 @@ def finish_residual(
         product: y, or None for zero.
         scale: of the RMSNorm.
         rows: of `Residual.scaled`; default m. More are filled with zeros.
-        boxes: of this device, which holds one of the parts that make up y; None: it holds all of it.
+        boxes: of this device, which holds one of the parts that make up y, or x where y is None; None: it
+            holds all of it.
         interpret: run in interpret mode, which knows no assembly: without boxes.
 
     Raises:
@@ -105,16 +107,15 @@ def finish_residual(
     if boxes is not None and (reason := why_no_exchange(m, d)) is not None:
         raise ValueError(f"residual stream: {reason}; add up with jax.lax.psum")
     operands = {"x": x, "scale": scale, **({} if product is None else product.operands)}
-    sums = None if product is None else boxes
-    operands |= {} if sums is None else sums.operands
+    operands |= {} if boxes is None else boxes.operands
     rows = m if rows is None else rows
     # Numbers that go to other devices have a thread each too.
-    warps = WARPS if m == 1 or sums is not None else WARPS_OF_MANY
+    warps = WARPS if m == 1 or boxes is not None else WARPS_OF_MANY
     shapes = {
         "out": jax.ShapeDtypeStruct((m, d), jnp.float32),
         "squares": jax.ShapeDtypeStruct((m, superblocks), jnp.float32),
         **abstract_prepared(rows, superblocks)._asdict(),
-        **({"next": jax.ShapeDtypeStruct((1,), jnp.int32)} if sums is not None else {}),
+        **({"next": jax.ShapeDtypeStruct((1,), jnp.int32)} if boxes is not None else {}),
     }
     out, squares, values, unit, *turn = launch(
         partial(_work, product=None if product is None else abstract(product), warps=warps),
@@ -126,6 +127,5 @@ def finish_residual(
         warps=warps,
         interpret=interpret,
     )
-    if sums is not None:
-        boxes = dataclasses.replace(sums, turn=turn[0])
-    return Residual(x=out, squares=squares, scaled=Prepared(values, unit)), boxes
+    stream = Residual(x=out, squares=squares, scaled=Prepared(values, unit))
+    return stream, None if boxes is None else boxes.after(turn[0])

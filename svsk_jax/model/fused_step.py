@@ -15,6 +15,7 @@ from pallas_kernels.decode_step import (
     attend,
     finish_gated,
     finish_residual,
+    likeliest_over,
     product,
     why_no_exchange,
 )
@@ -30,6 +31,8 @@ SMALL_SUM = 1 << 18
 one more launch for each device."""
 MOST_ROWS_EXCHANGED = 16
 """Sequences up to which devices add up through `Boxes`."""
+Caches = tuple[jax.Array, ...]
+"""Keys or values of each layer."""
 
 
 def why_not_fused(model: Decoder, *, interpret: bool = False) -> str | None:
@@ -65,13 +68,13 @@ def batch_bucket(sequences: int) -> int:
 def fused_step(
     model: Decoder,
     tokens: Int[Array, "b"],
-    keys: tuple[jax.Array, ...],
-    values: tuple[jax.Array, ...],
+    keys: Caches,
+    values: Caches,
     lengths: Int[Array, "b"],
     *,
     boxes: Boxes | None = None,
     interpret: bool = False,
-) -> tuple[Float[Array, "b v"], tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+) -> tuple[Float[Array, "b v"], Caches, Caches]:
     """f32 logits after one more token of each sequence, and the caches with it.
 
     The residual stream is f32, and x of a product is rounded to f16, not to the model's dtype.
@@ -85,16 +88,61 @@ def fused_step(
         boxes: of this device, for the turns that `exchanges` counts; None, or none counted: XLA adds up.
         interpret: run the kernels in interpret mode.
     """
+    logits, keys, values, _ = _own_logits(model, tokens, keys, values, lengths, boxes, interpret)
+    return join_over(logits, model.axis, model.config.vocab_size), keys, values
+
+
+def likeliest_step(
+    model: Decoder,
+    tokens: Int[Array, "b"],
+    keys: Caches,
+    values: Caches,
+    lengths: Int[Array, "b"],
+    *,
+    boxes: Boxes | None = None,
+    interpret: bool = False,
+) -> tuple[Int[Array, "b"], Caches, Caches]:
+    """`fused_step`, with the likeliest tokens, int32, instead of logits: devices tell one another no more
+    than their own best. `LOST` where a sum over devices was lost."""
+    logits, keys, values, boxes = _own_logits(model, tokens, keys, values, lengths, boxes, interpret)
+    if model.axis is None:
+        return _likeliest(logits), keys, values
+    first = logits.shape[1] * jax.lax.axis_index(model.axis)
+    # Behind the vocabulary's end the last device's rows mean nothing.
+    known = first + jnp.arange(logits.shape[1]) < model.config.vocab_size
+    logits = jnp.where(known, logits, -jnp.inf)
+    best, token = jnp.max(logits, axis=1), first + _likeliest(logits)
+    if boxes is not None:
+        return likeliest_over(best, token, boxes, interpret=interpret)[0], keys, values
+    every, place = (jax.lax.all_gather(each, model.axis) for each in (best, token))
+    chosen = jnp.take_along_axis(place, jnp.argmax(every, axis=0)[None], axis=0)[0]
+    return chosen, keys, values
+
+
+def _likeliest(logits: Float[Array, "b v"]) -> Int[Array, "b"]:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def _own_logits(
+    model: Decoder,
+    tokens: Int[Array, "b"],
+    keys: Caches,
+    values: Caches,
+    lengths: Int[Array, "b"],
+    boxes: Boxes | None,
+    interpret: bool,
+) -> tuple[Float[Array, "b v"], Caches, Caches, Boxes | None]:
+    """`fused_step`, with the logits of this device's rows of the head and the boxes for what follows."""
     config, m, d = model.config, tokens.shape[0], model.config.hidden_size
     norm: dict[str, Any] = {"columns": d, "eps": config.rms_norm_eps, "interpret": interpret}
     angles = lengths.astype(jnp.float32)[:, None] * jnp.asarray(config.inverse_frequencies)
     turns = jnp.cos(angles), jnp.sin(angles)
     layers = [_Layer(layer) for layer in model.layers]
     head = _head(model)
-    x = model.embedding(tokens, model.dtype)
-    boxes = boxes if exchanges(model, m) else None
+    boxes = boxes if _exchange(model, m) else None
     axis = None if boxes is not None else model.axis
-    pending = None
+    embed = model.embedding if boxes is None else model.embedding.part
+    x, pending = embed(tokens, model.dtype), None
     arrivals = jnp.zeros((m, config.num_kv_heads), jnp.int32)
     new_keys, new_values = [], []
     for layer, layer_keys, layer_values in zip(layers, keys, values, strict=True):
@@ -122,18 +170,22 @@ def fused_step(
         new_values.append(layer_values)
     rows = max(8, m)
     scale = model.final_norm.scale.get_value()
-    stream, _ = finish_residual(x, pending, scale, rows=rows, boxes=boxes, interpret=interpret)
+    stream, boxes = finish_residual(x, pending, scale, rows=rows, boxes=boxes, interpret=interpret)
     logits = triton_int8.matmul(stream.scaled, head, jnp.float32, batch=batch_of(rows), interpret=interpret)
     rms = jnp.sqrt(jnp.sum(stream.squares, axis=-1, keepdims=True) / d + config.rms_norm_eps)
-    logits = join_over(logits[:m, : head.shape[0]], model.axis, config.vocab_size)
-    return logits / rms, tuple(new_keys), tuple(new_values)
+    return logits[:m, : head.shape[0]] / rms, tuple(new_keys), tuple(new_values), boxes
 
 
-def exchanges(model: Decoder, sequences: int) -> int:
-    """How many turns of `Boxes` a step for some sequences takes, of one device's share of a model."""
-    config = model.config
-    fits = sequences <= MOST_ROWS_EXCHANGED and why_no_exchange(sequences, config.hidden_size) is None
-    return 2 * config.num_layers if model.axis is not None and fits else 0
+def exchanges(model: Decoder, sequences: int, *, greedy: bool) -> int:
+    """How many turns of `Boxes` a step for some sequences takes, of one device's share of a model:
+    `likeliest_step` if it is greedy, else `fused_step`."""
+    return 2 * model.config.num_layers + 1 + greedy if _exchange(model, sequences) else 0
+
+
+def _exchange(model: Decoder, sequences: int) -> bool:
+    """Whether devices that can add up through `Boxes` do, for some sequences."""
+    fits = sequences <= MOST_ROWS_EXCHANGED and why_no_exchange(sequences, model.config.hidden_size) is None
+    return model.axis is not None and fits
 
 
 def _over_devices(found: Product, axis: str | None) -> Product:

@@ -102,13 +102,17 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "*b"], dtype: DTypeLike) -> Float[Array, "*b d"]:
         """Look tokens up, in `dtype`."""
+        return sum_over(self.part(tokens, dtype), self.axis)
+
+    def part(self, tokens: Int[Array, "*b"], dtype: DTypeLike) -> Float[Array, "*b d"]:
+        """What this device knows of tokens: zeros for those of others. All of it without an axis."""
         if self.axis is None:
             return self._rows(tokens, dtype)
         rows = self.weight.get_value().shape[0]
         here = tokens - rows * jax.lax.axis_index(self.axis)
         inside = (here >= 0) & (here < rows)
         found = self._rows(jnp.where(inside, here, 0), dtype)
-        return sum_over(jnp.where(inside[..., None], found, jnp.zeros((), found.dtype)), self.axis)
+        return jnp.where(inside[..., None], found, jnp.zeros((), found.dtype))
 
     def _rows(self, rows: Int[Array, "*b"], dtype: DTypeLike) -> Float[Array, "*b d"]:
         weight = self.weight.get_value()

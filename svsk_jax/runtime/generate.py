@@ -211,7 +211,7 @@ class TextGenerator:
         key, numbers = jax.random.key(sampling.seed), sampling.numbers
         boxes, turns = self.boxes, 0
         if boxes is not None and self.mesh is not None:
-            turns = steps.BURST * self._exchanges(texts_of_device(self.mesh, state))
+            turns = steps.BURST * self._exchanges(texts_of_device(self.mesh, state), greedy=greedy)
         if boxes is None or not turns:
             self._step.lower(self._leaves, state, key, numbers, **static).compile()
             return lambda state: self._step(self._leaves, state, key, numbers, **static), state

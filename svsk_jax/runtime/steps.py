@@ -1,23 +1,21 @@
 """The steps of generating, as functions to compile: a prompt at once, then tokens one after another."""
 
-import dataclasses
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from pallas_kernels.decode_step import Boxes
+from pallas_kernels.decode_step import LOST, Boxes
 from pallas_kernels.svsk_matmul.layout import ceil_div
 from svsk_jax.model import Decoder, KVCache
-from svsk_jax.model.fused_step import exchanges, fused_step
+from svsk_jax.model.fused_step import exchanges, fused_step, likeliest_step
 from svsk_jax.runtime.sampling import SamplingNumbers, draw, sample
 
 SMALLEST_BUCKET = 16
 BURST = 8
 """Tokens that the fused step makes before the host sees them."""
-LOST = -1
-"""In place of a token, where GPUs waited for one another's numbers in vain."""
 SLOTS = 64
 """The cache of the fused step holds a multiple of so many positions."""
 
@@ -104,18 +102,16 @@ def fused_steps(
         keys, values, lengths, tokens = state
         mine = None
         if boxes is not None:
-            mine = dataclasses.replace(boxes, turn=boxes.turn + index * exchanges(model, tokens.shape[0]))
-        logits, keys, values = fused_step(
-            model, tokens, keys, values, lengths, boxes=mine, interpret=interpret
-        )
+            mine = boxes.after(boxes.turn + index * exchanges(model, tokens.shape[0], greedy=greedy))
+        next_step = partial(likeliest_step if greedy else fused_step, boxes=mine, interpret=interpret)
+        found, keys, values = next_step(model, tokens, keys, values, lengths)
         lengths = lengths + 1
         if greedy:
-            tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        else:
-            each = jax.vmap(jax.random.fold_in, (None, 0))(key, lengths)
-            tokens = jax.vmap(lambda row, key: draw(row[None], key, numbers)[0])(logits, each)
+            return State(keys, values, lengths, found), found
+        each = jax.vmap(jax.random.fold_in, (None, 0))(key, lengths)
+        tokens = jax.vmap(lambda row, key: draw(row[None], key, numbers)[0])(found, each)
         if mine is not None:
-            tokens = jnp.where(jnp.isnan(logits[:, 0]), LOST, tokens)
+            tokens = jnp.where(jnp.isnan(found[:, 0]), LOST, tokens)
         return State(keys, values, lengths, tokens), tokens
 
     state, tokens = jax.lax.scan(one, state, jnp.arange(BURST))

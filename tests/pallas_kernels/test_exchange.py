@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from peer_memory import Memory, boxes_of, emulate
 
-from pallas_kernels.decode_step import Product, finish_residual
+from pallas_kernels.decode_step import LOST, Product, finish_residual, likeliest_over
 from pallas_kernels.svsk_matmul import lay_out
 from pallas_kernels.svsk_matmul.synthetic import random_weight
 from svsk_jax.parallel import MODEL, make_mesh
@@ -84,6 +84,54 @@ def test_a_device_whose_numbers_do_not_come(patience, monkeypatch):
     assert int(after.turn[0]) == 6
     stream, _ = added(x, 2 * parts, other)
     assert (np.asarray(stream.x) == 3).all()
+
+
+BEST = {
+    "the last but one": ([1.0, 2.0, 5.0, -3.0], 30),
+    "the first of two": ([1.0, 2.0, 5.0, 5.0], 30),
+    "one has no row of the vocabulary": ([-9.0, -8.0, -5.0, -np.inf], 30),
+    "one has lost a sum": ([1.0, 2.0, 5.0, np.nan], LOST),
+}
+
+
+@pytest.mark.parametrize("devices", [2, 3, 4])
+def test_the_likeliest_of_all_devices(devices, monkeypatch):
+    """Of as many texts as there are cases, each of them on the last devices."""
+    emulate(monkeypatch, Memory(devices))
+    mesh = make_mesh(1, devices, jax.devices()[:devices])
+    best = np.asarray([case[-devices:] for case, _ in BEST.values()], np.float32).T
+    token = np.arange(10, 41, 10, np.int32)[-devices:, None] + np.zeros(len(BEST), np.int32)
+
+    def twice(best, token, boxes):
+        first, boxes = likeliest_over(best[0], token[0], boxes, interpret=True)
+        second, boxes = likeliest_over(best[0], token[0] + 1, boxes, interpret=True)
+        return jnp.stack([first, second])[None], boxes.turn[None]
+
+    run = jax.shard_map(
+        twice,
+        mesh=mesh,
+        in_specs=(P(MODEL), P(MODEL), SPECS),
+        out_specs=(P(MODEL), P(MODEL)),
+        check_vma=False,
+    )
+    found, turns = jax.jit(run)(best, token, boxes_of(devices, 7))
+    expected = np.asarray([token for _, token in BEST.values()])
+    assert (found[:, 0] == expected).all()
+    assert (found[:, 1] == np.where(expected == LOST, LOST, expected + 1)).all()
+    assert turns.tolist() == [[9]] * devices
+
+
+def test_embeddings_that_devices_hold_parts_of(monkeypatch):
+    emulate(monkeypatch, Memory(2))
+    mesh = make_mesh(1, 2, jax.devices()[:2])
+    x = np.random.default_rng(2).normal(size=(2, 1, COLUMNS)).astype(np.float16)
+
+    def summed(x, boxes):
+        return finish_residual(x[0], None, jnp.ones(COLUMNS), boxes=boxes, interpret=True)[0].x[None]
+
+    run = jax.shard_map(summed, mesh=mesh, in_specs=(P(MODEL), SPECS), out_specs=P(MODEL), check_vma=False)
+    found = np.asarray(jax.jit(run)(x, boxes_of(2, 1)))
+    assert (found == x.astype(np.float32).sum(0)).all()
 
 
 def test_too_many_numbers():
