@@ -126,29 +126,45 @@ def exchanges_of(model: Model, batch: int, *, greedy: bool) -> int:
     return fused_step.exchanges(share, batch, greedy=greedy)
 
 
-def logits(model: Model, batch: int, tiny: bool, boxes: PeerBoxes | None) -> jax.Array:
-    """Of one step, on the first device."""
+def lowered_logits(model: Model, batch: int, tiny: bool, boxes: PeerBoxes | None) -> Callable[[], Call]:
+    """What compiles the logits of one step, on the first device."""
     work = partial(fused_step.fused_step, interpret=tiny)
     tokens = jnp.arange(batch, dtype=jnp.int32) * 7 + 3
     lengths = jnp.full((batch,), CONTEXT // 2, jnp.int32)
     arguments = (tokens, caches(model, batch), caches(model, batch), lengths)
+    turns = exchanges_of(model, batch, greedy=False)
+
+    def given(wait: bool) -> tuple[Any, ...]:
+        held = [] if boxes is None else [boxes.take(turns, wait=wait)]
+        return (model.shares if isinstance(model, ParallelDecoder) else model, *arguments, *held)
+
+    step: Callable[..., Any] = work
     if isinstance(model, ParallelDecoder):
         heads = sharding(model.mesh, None, None, "heads", None).spec
-        turns = exchanges_of(model, batch, greedy=False)
         step = on_mesh(
             model.mesh,
             lambda share, *given: work(share, *given[:4], boxes=given[4] if len(given) > 4 else None),
             (P(), heads, heads, P(), *([] if boxes is None else [SPECS])),
             (P(), heads, heads),
         )
-        run = jax.jit(step)
-        if boxes is not None:
-            jax.block_until_ready(run(model.shares, *arguments, boxes.take(turns, wait=False)))
-        held = [] if boxes is None else [boxes.take(turns)]
-        found = run(model.shares, *arguments, *held)[0]
-    else:
-        found = jax.jit(work)(model, *arguments)[0]
-    return jax.device_put(found, jax.devices()[0])
+    lowered = jax.jit(step).lower(*given(wait=False))
+
+    def compiled() -> Call:
+        run = lowered.compile()
+
+        def call() -> jax.Array:
+            if boxes is not None:
+                jax.block_until_ready(run(*given(wait=False)))
+            return jax.device_put(run(*given(wait=True))[0], jax.devices()[0])
+
+        return call
+
+    return compiled
+
+
+def compiled_at_once(lowered: Sequence[Callable[[], Call]]) -> list[Call]:
+    with ThreadPoolExecutor(len(lowered)) as threads:
+        return list(threads.map(lambda compile_: compile_(), lowered))
 
 
 def decode(tiny: bool, report: Callable[..., None]) -> None:
@@ -159,8 +175,7 @@ def decode(tiny: bool, report: Callable[..., None]) -> None:
     report(made=True)
     bursts = [lowered_burst(model, batch, tiny, boxes) for batch, (_, model, _, boxes) in cases]
     report(lowered=True)
-    with ThreadPoolExecutor(len(bursts)) as threads:
-        calls = list(threads.map(lambda burst: burst(), bursts))
+    calls = compiled_at_once(bursts)
     report(compiled=True)
     alone: dict[int, float] = {}
     for (batch, (devices, _, way, _)), call in zip(cases, calls, strict=True):
@@ -175,11 +190,17 @@ def decode(tiny: bool, report: Callable[..., None]) -> None:
             times_one_device=alone[batch] / ms,
         )
     del cases, bursts, calls
-    cases = cases_of(tiny, FEW_LAYERS, counts(tiny), report)
-    for batch in batches:
-        expected = logits(cases[0][1], batch, tiny, None)
-        for devices, model, way, boxes in cases[1:]:
-            compare(devices, way, batch, logits(model, batch, tiny, boxes), expected, report)
+    cases = list(itertools.product(batches, cases_of(tiny, FEW_LAYERS, counts(tiny), report)))
+    calls = compiled_at_once(
+        [lowered_logits(model, batch, tiny, boxes) for batch, (_, model, _, boxes) in cases]
+    )
+    expected: dict[int, jax.Array] = {}
+    for (batch, (devices, _, way, _)), call in zip(cases, calls, strict=True):
+        found = call()
+        if devices == 1:
+            expected[batch] = found
+        else:
+            compare(devices, way, batch, found, expected[batch], report)
 
 
 def cases_of(

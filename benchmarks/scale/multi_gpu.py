@@ -32,7 +32,7 @@ from typing import Any
 from benchmarks.scale.children import status_of
 
 SECONDS = {
-    "decode": 300,
+    "decode": 360,
     "exchange": 120,
     "kernels": 150,
     "calibration": 90,
