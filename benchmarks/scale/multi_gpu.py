@@ -15,7 +15,8 @@ kernels      device time by kernel of such a step
 calibration  second moments of one block of Qwen3-8B, texts over 1, 2, … GPUs: tokens/s, efficiency, and H
              against one GPU's
 restore      layers saved from a mesh and restored onto others: seconds, and whether bytes are equal
-quantization linears of Qwen3-8B by svsk-r16, rows over 1, 2, … GPUs: seconds, and whether bytes are equal
+quantization linears of Qwen3-8B by svsk-r16, rows over 1, 2, … GPUs: seconds, and whether bytes are equal;
+             and layers over as many
 """
 
 import argparse

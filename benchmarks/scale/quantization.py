@@ -1,25 +1,41 @@
-"""Linears by the strong recipe, their rows over devices."""
+"""Linears by the strong recipe: each over several devices, by its rows, and several on a device each."""
 
 import dataclasses
 import hashlib
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.scale.sizes import RANK, config_of, counts, machine
+from pallas_kernels.svsk_matmul.devices import target_device
 from svsk_jax.model.parameters import layer_shapes
+from svsk_jax.parallel import make_mesh
+from svsk_jax.parallel.groups import DeviceGroups
 from svsk_jax.quant.joint import input_metric, plain_output_metric, quantize_joint
+from svsk_jax.quant.row_parts import Devices, InputMetric, OutputMetric
 from svsk_jax.quant.types import InputMoment, QuantConfig, SVSKWeight, TensorPlan, TileShape, recipe
 
+T = TypeVar("T")
 LINEARS = ("attention.q", "mlp.gate")
 REPEATS = 3
+LAYERS = 8
+"""That devices take as `svsk quantize` gives them out, here of one linear each."""
+
+
+class Linear(NamedTuple):
+    """A linear and what it is quantized by."""
+
+    W: jax.Array
+    inputs: InputMetric
+    outputs: OutputMetric
 
 
 def quantization(tiny: bool, report: Callable[..., None]) -> None:
@@ -28,51 +44,77 @@ def quantization(tiny: bool, report: Callable[..., None]) -> None:
     if tiny:
         config = dataclasses.replace(config, beam_width=1)
     shapes = {name: layer_shapes(config_of(tiny), 0)[f"{name}.weight"] for name in LINEARS}
-    made = {name: work(shape, config) for name, shape in shapes.items()}
-    cases = list(itertools.product(LINEARS, counts(tiny)))
+    linears = {name: random_linear(shape, config) for name, shape in shapes.items()}
+    by_rows = {
+        (name, devices): partial(quantized, linear, config, jax.devices()[:devices])
+        for (name, linear), devices in itertools.product(linears.items(), counts(tiny))
+    }
     # Each number of devices has programs of its own, and each device compiles them for itself.
-    with ThreadPoolExecutor(1 if tiny else len(cases)) as threads:
-        digests = list(threads.map(lambda case: digest_of(made[case[0]](case[1])), cases))
+    at_once = 1 if tiny else len(by_rows)
+    digests = dict(zip(by_rows, in_threads(digest_of, by_rows.values(), at_once), strict=True))
+    places = {device: jax.device_put(linears[LINEARS[0]], device) for device in jax.devices()}
+    in_threads(digest_of, (partial(quantized, each, config) for each in places.values()), at_once)
     report(compiled=True)
-    alone: dict[str, tuple[float, str]] = {}
-    for (name, devices), digest in zip(cases, digests, strict=True):
-        seconds = statistics.median(timed(partial(made[name], devices)) for _ in range(REPEATS))
-        before, expected = alone.setdefault(name, (seconds, digest))
+    alone: dict[str, float] = {}
+    for (name, devices), quantize in by_rows.items():
+        seconds = median(quantize)
         report(
             linear=name,
             shape=shapes[name],
             devices=devices,
             seconds=seconds,
-            efficiency=before / seconds / devices,
-            bytes_equal=digest == expected,
+            efficiency=alone.setdefault(name, seconds) / seconds / devices,
+            bytes_equal=digests[name, devices] == digests[name, 1],
         )
+    for devices in counts(tiny):
+        groups = DeviceGroups.of(make_mesh(devices, 1, jax.devices()[:devices]))
+        seconds = median(partial(over_layers, groups, places, config))
+        share = alone.setdefault("layers", seconds) / seconds / devices
+        report(linear=LINEARS[0], layers=LAYERS, devices=devices, seconds=seconds, efficiency=share)
 
 
-def work(shape: tuple[int, ...], config: QuantConfig) -> Callable[[int], SVSKWeight]:
-    """What quantizes a random linear on some devices."""
+def random_linear(shape: tuple[int, ...], config: QuantConfig) -> Linear:
     n, k = shape
     x = jax.random.normal(jax.random.key(0), (2 * k, k)) * jnp.linspace(0.2, 2, k)
     moment = InputMoment(total=x.T @ x, tokens=jnp.int32(2 * k))
     W = jax.random.normal(jax.random.key(1), (n, k)) / jnp.float32(k**0.5)
     inputs = input_metric(moment, None, config)
-    outputs = plain_output_metric(W, inputs.H)
+    return Linear(W, inputs, plain_output_metric(W, inputs.H))
+
+
+def quantized(linear: Linear, config: QuantConfig, devices: Devices = ()) -> SVSKWeight:
+    n, k = linear.W.shape
     ranks = ((min(RANK, k),),) * -(-n // 512)
     plan = TensorPlan(group=16, coefficients=(0.008, 0.3), tile=TileShape(rows=512, columns=0), ranks=ranks)
-
-    def quantize(devices: int) -> SVSKWeight:
-        return quantize_joint(W, inputs, outputs, plan, config, jax.devices()[:devices]).weight
-
-    return quantize
+    return quantize_joint(*linear, plan, config, devices).weight
 
 
-def timed(quantize: Callable[[], SVSKWeight]) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(quantize())
-    return time.perf_counter() - start
+def over_layers(groups: DeviceGroups, places: dict[Any, Linear], config: QuantConfig) -> list[SVSKWeight]:
+    """So many linears, a device each; where they lie on devices, nothing is read or written."""
+
+    def task(_: int, __: Devices) -> SVSKWeight:
+        return jax.block_until_ready(quantized(places[target_device()], config))
+
+    return list(groups.each(range(LAYERS), task))
 
 
-def digest_of(weight: SVSKWeight) -> str:
+def in_threads(call: Callable[[Any], T], items: Iterable[Any], threads: int) -> list[T]:
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(call, items))
+
+
+def median(quantize: Callable[[], Any]) -> float:
+    """Seconds."""
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        jax.block_until_ready(quantize())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def digest_of(quantize: Callable[[], SVSKWeight]) -> str:
     digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(weight):
+    for leaf in jax.tree.leaves(quantize()):
         digest.update(np.ascontiguousarray(np.asarray(leaf)).tobytes())
     return digest.hexdigest()

@@ -152,8 +152,8 @@ def layer_moments(
 
 @partial(jax.jit, static_argnames=("mesh", "full"))
 def add_up(sums: MomentSums, mesh: Mesh, full: bool) -> Moments:
-    """The moments of all batches: rows of full ones divided over `model` where they divide, the rest, and
-    those of experts, replicated."""
+    """The moments of all batches: rows of full ones divided over all devices where they divide, else over
+    `model`; the rest, and those of experts, replicated."""
 
     def total(name: str, each: InputMoment) -> InputMoment:
         if name in INPUTS:
@@ -161,8 +161,10 @@ def add_up(sums: MomentSums, mesh: Mesh, full: bool) -> Moments:
             return jax.lax.with_sharding_constraint(summed, sharding(mesh))
         value = jnp.sum(each.total, axis=0)
         value = value[: value.shape[1]] if full else jnp.sum(value, axis=0)
-        divides = full and len(value) % mesh.shape[MODEL] == 0
-        place = sharding(mesh, "moment_rows", None) if divides else sharding(mesh)
+        place = sharding(mesh)
+        for axis, devices in (("moment_rows", mesh.shape[MODEL]), ("summed_rows", mesh.size)):
+            if full and len(value) % devices == 0:
+                place = sharding(mesh, axis, None)
         return InputMoment(
             total=jax.lax.with_sharding_constraint(value, place),
             tokens=jax.lax.with_sharding_constraint(jnp.sum(each.tokens), sharding(mesh)),

@@ -15,7 +15,8 @@ MESH_AXIS: dict[str, str | tuple[str, ...] | None] = {
     "batch": DATA,  # texts that are generated side by side
     "chunks": (DATA, MODEL),  # chunks of calibration text: the parameters of the layer at hand are everywhere
     "group_sums": DATA,  # what each `model` group added up of its chunks
-    "moment_rows": MODEL,  # rows of a second moment H
+    "moment_rows": MODEL,  # rows of a second moment H, while it is summed
+    "summed_rows": (MODEL, DATA),  # and when all devices' sums have been added up
     "heads": MODEL,  # attention heads, and the columns of the output projection that read them
     "mlp": MODEL,  # hidden units between gate, up and down
     "vocabulary": MODEL,  # rows of embedding and head

@@ -235,14 +235,14 @@ def _calibration(
     here = batches * of_batch if streams == "devices" else min(batches, 3) * of_batch
     widths, tokens = Widths.of(model), batch * length
     full = calibration.moments == "full"
-    sharing = 1 if machine.shares_host else machine.model
-    moments, stored = moment_bytes(model, full, sharing), stored_moment_bytes(model, full, sharing)
+    summing, storing = (1, 1) if machine.shares_host else (machine.model, machine.devices)
+    moments, stored = moment_bytes(model, full, summing), stored_moment_bytes(model, full, storing)
     written = WRITTEN_AT_ONCE * stored
     layer, outer = size * layer_weights(model), size * outer_weights(model)
     if machine.shares_host:
         # One is read ahead. Sums and what a batch adds, on each device; this layer's halves as they are made,
         # and those that are being written, put together of several devices' parts.
-        together = written if machine.model > 1 else 0
+        together = written if machine.devices > 1 else 0
         weights, sums = (1 + copies) * layer, 2 * copies * moments + 2 * stored + written + together
         loading = outer + batches * of_batch
     else:

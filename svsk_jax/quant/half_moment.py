@@ -86,7 +86,7 @@ def mirrored(half: Float32[Array, "size"]) -> Float32[Array, "k k"]:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HalfMoment:
     """A full `InputMoment` whose lower half, f32 [size], is `parts` one after the other: one, or what each
-    device of a `model` group made, and where it made it. A stack of experts' has an axis of experts in front,
+    device of a mesh made, and where it made it. A stack of experts' has an axis of experts in front,
     as have its `tokens`."""
 
     parts: tuple[MomentValue, ...]
