@@ -18,9 +18,9 @@ LONGEST_SUM = 16
 """Superblocks of a program that the search tries at most."""
 TABLES = Path(__file__).parent / "tuned"
 """A table for each kind of device, as `svsk tune-kernels` writes it."""
-KIN = "NVIDIA H100 80GB HBM3", ("H100", "H200", "H800")
-"""A kind of device with a table, and names of others with the same multiprocessors, which take its blocks
-while they have no table of their own."""
+KIN = ("NVIDIA H100 80GB HBM3", "NVIDIA H200"), ("H100", "H200", "H800")
+"""Kinds of devices with tables, and names of all that have the same multiprocessors, which take those blocks
+where they have none of their own."""
 FOLDER_VARIABLE = "SVSK_TUNED_KERNELS"
 """Of the environment: a folder whose tables go before these."""
 
@@ -87,12 +87,13 @@ def table_path(device_kind: str, folder: Path = TABLES) -> Path:
 
 @cache
 def table(device_kind: str) -> dict[str, dict[int, Blocks]]:
-    """Tuned blocks by padded shape and batch, those of the user's folder before these; empty for a kind of
-    device of which neither it nor its kin has been tuned."""
+    """Tuned blocks by padded shape and batch, those of the user's folder before these, and before those of
+    its kin; empty for a kind of device of which neither it nor its kin has been tuned."""
     known, names = KIN
-    kin = known if any(name in device_kind for name in names) else device_kind
-    own = table_path(device_kind)
-    paths = [own if own.exists() else table_path(kin)]
+    kin = (
+        [kind for kind in known if kind != device_kind] if any(name in device_kind for name in names) else []
+    )
+    paths = [table_path(kind) for kind in (*kin, device_kind)]
     if FOLDER_VARIABLE in os.environ:
         paths.append(table_path(device_kind, Path(os.environ[FOLDER_VARIABLE])))
     tuned: dict[str, dict[int, Blocks]] = {}

@@ -114,8 +114,8 @@ def quantize(
             finished one is left as it is.
         dtype: of the calibration passes; default f32 on CPU, bf16 elsewhere.
         mesh: `data` × `model` devices. Layers are divided over `data`, and of each its linears' rows over
-            `model`; that changes no byte. Default: calibrates on all devices along `data`, quantizes as
-            `DeviceGroups.of` has it.
+            `model`; that changes no byte, but for products that a GPU may round otherwise. Default:
+            calibrates on all devices along `data`, quantizes as `DeviceGroups.of` has it.
         max_memory: bytes that may be held (`pipeline.memory`); calibration keeps within it.
         on_progress: called after each layer of each stage.
 

@@ -222,7 +222,8 @@ def quantize_joint(
     (Q, S) in tr(G E H Eᵀ), as stored, is kept. Several beams are followed in the last round alone.
 
     A pure function: the same input gives the same bytes. Rows are divided over `devices` in whole tiles,
-    which changes no byte; the result lies on the first.
+    which changes no byte but where XLA chooses other kernels for products of fewer rows, as it may on a GPU;
+    the result lies on the first.
     """
     pair = LINEAR if plan.coefficients is None else plan.coefficients
     stored = jnp.asarray(pair, jnp.float16)
