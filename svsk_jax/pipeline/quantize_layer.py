@@ -66,13 +66,11 @@ def layer_errors(
     reads: Mapping[str, str],
 ) -> dict[str, float]:
     """The layer error of each linear of a stored layer; `reads` as in `quantize_layer`."""
-    return {
-        name: float(
-            layer_error(
-                jnp.asarray(parameters[f"{name}.weight"], jnp.float32),
-                restore(stored[f"{name}.weight"], dtype=jnp.float32),
-                whole_moment(moments[read]),
-            )
-        )
-        for name, read in reads.items()
-    }
+    errors = {}
+    for read in dict.fromkeys(reads.values()):
+        moment = whole_moment(moments[read])
+        for name in (name for name, its in reads.items() if its == read):
+            W = jnp.asarray(parameters[f"{name}.weight"], jnp.float32)
+            restored = restore(stored[f"{name}.weight"], dtype=jnp.float32)
+            errors[name] = float(layer_error(W, restored, moment))
+    return {name: errors[name] for name in reads}
