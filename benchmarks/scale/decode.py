@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from benchmarks.scale.exchange import BOXES, OPTIONS, exchanges
 from benchmarks.scale.sizes import RandomSource, config_of, counts, machine, median_seconds, relative
-from pallas_kernels.decode_step import Boxes
+from pallas_kernels.decode_step import LOST, Boxes
 from pallas_kernels.device_time import Chain, call_times
 from svsk_jax.model import Decoder, fused_step
 from svsk_jax.model.laid_out import lay_out_for_device, lay_out_parameters
@@ -99,20 +99,21 @@ def lowered_burst(
     state = steps.State(caches(model, batch), caches(model, batch), lengths, jnp.zeros(batch, jnp.int32))
     held = [divided(model.mesh, state) if isinstance(model, ParallelDecoder) else state]
 
-    def taken(wait: bool = True) -> Boxes | None:
+    def taken(turns: int, wait: bool = True) -> Boxes | None:
         return None if boxes is None else boxes.take(turns, wait=wait)
 
     jitted = jax.jit(again, donate_argnums=1, compiler_options=options or {})
-    lowered = jitted.lower(leaves, held[0], taken(wait=False))
+    lowered = jitted.lower(leaves, held[0], taken(0))
 
     def compiled() -> Call:
         run, calls = lowered.compile(), itertools.count()
 
         def call() -> jax.Array:
             first = next(calls) == 0
-            held[0] = run(leaves, held[0], taken(wait=not first))
+            tokens = jnp.copy(held[0].tokens)
+            held[0] = run(leaves, held[0], taken(turns, wait=not first))
             if first:
-                jax.block_until_ready(held[0])
+                held[0] = jax.block_until_ready(held[0])._replace(tokens=tokens)
             # The caches are donated to the next call.
             return held[0].tokens + 0
 
@@ -134,7 +135,7 @@ def lowered_logits(model: Model, batch: int, tiny: bool, boxes: PeerBoxes | None
     arguments = (tokens, caches(model, batch), caches(model, batch), lengths)
     turns = exchanges_of(model, batch, greedy=False)
 
-    def given(wait: bool) -> tuple[Any, ...]:
+    def given(turns: int, wait: bool = True) -> tuple[Any, ...]:
         held = [] if boxes is None else [boxes.take(turns, wait=wait)]
         return (model.shares if isinstance(model, ParallelDecoder) else model, *arguments, *held)
 
@@ -147,15 +148,15 @@ def lowered_logits(model: Model, batch: int, tiny: bool, boxes: PeerBoxes | None
             (P(), heads, heads, P(), *([] if boxes is None else [SPECS])),
             (P(), heads, heads),
         )
-    lowered = jax.jit(step).lower(*given(wait=False))
+    lowered = jax.jit(step).lower(*given(0))
 
     def compiled() -> Call:
         run = lowered.compile()
 
         def call() -> jax.Array:
             if boxes is not None:
-                jax.block_until_ready(run(*given(wait=False)))
-            return jax.device_put(run(*given(wait=True))[0], jax.devices()[0])
+                jax.block_until_ready(run(*given(turns, wait=False)))
+            return jax.device_put(run(*given(turns))[0], jax.devices()[0])
 
         return call
 
@@ -188,6 +189,7 @@ def decode(tiny: bool, report: Callable[..., None]) -> None:
             ms=ms,
             tokens_per_second=1e3 * batch / ms,
             times_one_device=alone[batch] / ms,
+            lost=bool(jnp.any(call() == LOST)),
         )
     del cases, bursts, calls
     cases = list(itertools.product(batches, cases_of(tiny, FEW_LAYERS, counts(tiny), report)))

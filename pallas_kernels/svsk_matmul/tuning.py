@@ -87,8 +87,8 @@ def table_path(device_kind: str, folder: Path = TABLES) -> Path:
 
 @cache
 def table(device_kind: str) -> dict[str, dict[int, Blocks]]:
-    """Tuned blocks by padded shape and batch, those of the user's folder before these, and before those of
-    its kin; empty for a kind of device of which neither it nor its kin has been tuned."""
+    """Tuned blocks by padded shape and batch: of the user's folder, else the device's own, else those of its
+    kin; empty for a kind of device of which neither it nor its kin has been tuned."""
     known, names = KIN
     kin = (
         [kind for kind in known if kind != device_kind] if any(name in device_kind for name in names) else []

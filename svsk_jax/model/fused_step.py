@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode_step import (
     HEAD_DIMS,
+    LOST,
     MOST_QUERIES,
     Boxes,
     Product,
@@ -103,24 +104,39 @@ def likeliest_step(
     interpret: bool = False,
 ) -> tuple[Int[Array, "b"], Caches, Caches]:
     """`fused_step`, with the likeliest tokens, int32, instead of logits: devices tell one another no more
-    than their own best. `LOST` where a sum over devices was lost."""
+    than their own best. `LOST` where a sum through boxes was lost, and behind such a token."""
     logits, keys, values, boxes = _own_logits(model, tokens, keys, values, lengths, boxes, interpret)
-    if model.axis is None:
-        return _likeliest(logits), keys, values
-    first = logits.shape[1] * jax.lax.axis_index(model.axis)
-    # Behind the vocabulary's end the last device's rows mean nothing.
-    known = first + jnp.arange(logits.shape[1]) < model.config.vocab_size
-    logits = jnp.where(known, logits, -jnp.inf)
-    best, token = jnp.max(logits, axis=1), first + _likeliest(logits)
+    found = likeliest_of(logits, model.config.vocab_size, model.axis, boxes, interpret=interpret)
+    return found, keys, values
+
+
+def likeliest_of(
+    logits: Float[Array, "b v"],
+    vocabulary: int,
+    axis: str | None,
+    boxes: Boxes | None = None,
+    *,
+    interpret: bool = False,
+) -> Int[Array, "b"]:
+    """The likeliest tokens, int32, of the logits that the devices along an axis hold one after another.
+
+    Args:
+        logits: of this device's tokens; of the whole vocabulary without an axis.
+        vocabulary: tokens; what the last devices hold behind them means nothing.
+        axis: of a mesh, under `jax.shard_map`, or None.
+        boxes: of this device; None: XLA gathers.
+        interpret: run the kernel in interpret mode.
+    """
+    if axis is None:
+        return jnp.argmax(logits, axis=1).astype(jnp.int32)
+    rows = logits.shape[1]
+    first = rows * jax.lax.axis_index(axis)
+    logits = jnp.where(first + jnp.arange(rows) < vocabulary, logits, -jnp.inf)
+    best, token = jnp.max(logits, axis=1), first + jnp.argmax(logits, axis=1).astype(jnp.int32)
     if boxes is not None:
-        return likeliest_over(best, token, boxes, interpret=interpret)[0], keys, values
-    every, place = (jax.lax.all_gather(each, model.axis) for each in (best, token))
-    chosen = jnp.take_along_axis(place, jnp.argmax(every, axis=0)[None], axis=0)[0]
-    return chosen, keys, values
-
-
-def _likeliest(logits: Float[Array, "b v"]) -> Int[Array, "b"]:
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return likeliest_over(best, token, boxes, interpret=interpret)[0]
+    every, place = (jax.lax.all_gather(each, axis) for each in (best, token))
+    return jnp.take_along_axis(place, jnp.argmax(every, axis=0)[None], axis=0)[0]
 
 
 def _own_logits(
@@ -143,6 +159,9 @@ def _own_logits(
     axis = None if boxes is not None else model.axis
     embed = model.embedding if boxes is None else model.embedding.part
     x, pending = embed(tokens, model.dtype), None
+    if boxes is not None:
+        # So that all devices learn of a token that one has lost.
+        x = jnp.where(tokens[:, None] == LOST, jnp.nan, x)
     arrivals = jnp.zeros((m, config.num_kv_heads), jnp.int32)
     new_keys, new_values = [], []
     for layer, layer_keys, layer_values in zip(layers, keys, values, strict=True):

@@ -27,9 +27,9 @@ _IN_ORDER = threading.Lock()
 class PeerBoxes:
     """Boxes of all devices of a mesh, each for those along its `model` axis, and whose turn it is.
 
-    `decode_step.finish_residual` uses them. They stay where they are until this object goes, which may be
-    while a call is on its way: the devices' memory is given to nothing else before that call ends. A program
-    must run once with `take(…, wait=False)` before it runs in earnest.
+    `decode_step.finish_residual` and `likeliest_over` use them. They stay where they are until this object
+    goes, which may be while a call is on its way: the devices' memory is given to nothing else before that
+    call ends. A program must run once with `take(…, wait=False)` before it runs in earnest.
 
     Raises:
         ValueError: `why_no_boxes` has a reason.

@@ -57,6 +57,8 @@ class Machine:
     """Devices whose arrays lie in the memory that is counted: on a CPU those of the process, else 1."""
     itemsize: int
     """Bytes of an activation or a dense weight."""
+    processes: int = 1
+    """That hold the devices."""
 
     @classmethod
     def of(cls, mesh: Mesh | None = None, dtype: DTypeLike | None = None) -> "Machine":
@@ -70,6 +72,7 @@ class Machine:
             model=mesh.shape[MODEL],
             copies=max(1, len(here)) if on_cpu else 1,
             itemsize=jnp.dtype(default_dtype() if dtype is None else dtype).itemsize,
+            processes=len({device.process_index for device in mesh.devices.flat}),
         )
 
     @property
@@ -236,7 +239,10 @@ def _calibration(
     widths, tokens = Widths.of(model), batch * length
     full = calibration.moments == "full"
     summing, storing = (1, 1) if machine.shares_host else (machine.model, machine.devices)
+    # Several processes first have whole matrices on each device, of which the first makes whole halves.
+    storing = storing if machine.processes == 1 else 1
     moments, stored = moment_bytes(model, full, summing), stored_moment_bytes(model, full, storing)
+    summed = moments if machine.processes == 1 else moment_bytes(model, full)
     written = WRITTEN_AT_ONCE * stored
     layer, outer = size * layer_weights(model), size * outer_weights(model)
     if machine.shares_host:
@@ -248,7 +254,7 @@ def _calibration(
     else:
         # Halves lie where they are made until they are written: beside a batch's sums, or this layer's halves
         # as they are made.
-        weights, sums = 2 * layer, max(2 * moments, moments + stored) + written
+        weights, sums = 2 * layer, max(2 * moments, summed + stored) + written
         loading = 0
     walking = here + weights + sums + copies * widths.forwards(tokens, length, size)
     peaks = {"text": text} if text else {}

@@ -93,8 +93,8 @@ def fused_steps(
     """`BURST` more tokens of each text by the step of few kernels, without the host. Donate the state.
 
     Each text is drawn as it would be alone. `boxes` are for `BURST` times the `exchanges` of a step; a sum
-    that was lost makes every logit NaN, and the token `LOST`. `greedy` takes the likeliest tokens; it is not
-    traced, since a branch on the device would make the host wait.
+    that was lost makes logits NaN, and the token `LOST`, as are those after it. `greedy` takes the likeliest
+    tokens; it is not traced, since a branch on the device would make the host wait.
     """
     model: Decoder = jax.tree.unflatten(structure, leaves)
 
@@ -111,7 +111,7 @@ def fused_steps(
         each = jax.vmap(jax.random.fold_in, (None, 0))(key, lengths)
         tokens = jax.vmap(lambda row, key: draw(row[None], key, numbers)[0])(found, each)
         if mine is not None:
-            tokens = jnp.where(jnp.isnan(found[:, 0]), LOST, tokens)
+            tokens = jnp.where(jnp.isnan(found).any(axis=1), LOST, tokens)
         return State(keys, values, lengths, tokens), tokens
 
     state, tokens = jax.lax.scan(one, state, jnp.arange(BURST))

@@ -14,12 +14,12 @@ from weights import random_int8, random_weight
 
 from svsk_jax.model import Decoder, KVCache, Mixture
 from svsk_jax.model import fused_step as fused_module
-from svsk_jax.model.fused_step import exchanges, fused_step
+from svsk_jax.model.fused_step import exchanges, fused_step, likeliest_of, likeliest_step
 from svsk_jax.model.laid_out import lay_out_parameters
 from svsk_jax.model.parameters import QUANTIZED_LINEARS, layer_parameters, random_parameters
 from svsk_jax.models import load_model
 from svsk_jax.parallel import make_mesh
-from svsk_jax.parallel.boxes import PeerBoxes
+from svsk_jax.parallel.boxes import SPECS, PeerBoxes
 from svsk_jax.parallel.decoder import load_parallel, on_mesh
 from svsk_jax.runtime import TextGenerator, generate_batch, steps
 from svsk_jax.runtime import generate as generate_module
@@ -164,27 +164,75 @@ def test_the_fused_step(small_sum, one_token, monkeypatch):
     np.testing.assert_allclose(found_keys[0], keys[0], atol=1e-2)
 
 
-def test_a_burst_that_adds_up_through_boxes(one_token, monkeypatch):
+@pytest.mark.parametrize(("greedy", "turns_of_a_step"), [(True, 4), (False, 3)])
+def test_a_burst_that_adds_up_through_boxes(greedy, turns_of_a_step, one_token, monkeypatch):
     """Two bursts, as one device makes them."""
-    emulate(monkeypatch, Memory(2))
+    memory = Memory(2)
+    emulate(monkeypatch, memory)
+    # A compiled call keeps the memory that it was traced with.
+    jax.clear_caches()
     source, (tokens, cache, lengths), _ = one_token
     alone = Decoder(PACKED, laid_out(source.parameters), jnp.float16)
     spread = load_parallel(source, jnp.float16, make_mesh(1, 2), lay_out=laid_out)
-    turns = steps.BURST * exchanges(spread.shares, 1, greedy=True)
-    assert turns == steps.BURST * 4
+    turns = steps.BURST * exchanges(spread.shares, 1, greedy=greedy)
+    assert turns == steps.BURST * turns_of_a_step
+    numbers = SamplingConfig(temperature=0.0 if greedy else 1.0).numbers
 
     def two(model, *boxes):
         leaves, structure = jax.tree.flatten(model.shares if boxes else model)
-        step = partial(steps.fused_steps, structure, greedy=True, interpret=True)
+        step = partial(steps.fused_steps, structure, greedy=greedy, interpret=True)
         step = jax.jit(step_on_mesh(spread.mesh, step) if boxes else step)
         state, found = steps.State(cache.keys, cache.values, lengths, tokens), []
         state = divided(spread.mesh, state) if boxes else state
         for each in boxes or (None, None):
-            more, state = step(leaves, state, jax.random.key(0), SamplingConfig().numbers, each)
+            more, state = step(leaves, state, jax.random.key(0), numbers, each)
             found += np.asarray(more)[:, 0].tolist()
         return found
 
-    assert two(spread, boxes_of(2, 1), boxes_of(2, 1 + turns)) == two(alone)
+    found = two(spread, boxes_of(2, 1), boxes_of(2, 1 + turns))
+    assert found == two(alone)
+    assert len(set(found)) > 2
+    # Every turn was taken, and none beyond.
+    assert int(memory.boxes.max() >> np.uint64(32)) == 2 * turns
+
+
+@pytest.mark.parametrize("by_boxes", [False, True])
+def test_no_token_behind_the_vocabulary(by_boxes, monkeypatch):
+    """Of 13 tokens the last of four devices holds one, and three rows that mean nothing."""
+    emulate(monkeypatch, Memory(4))
+    jax.clear_caches()
+    mesh = make_mesh(1, 4)
+    logits = -1 - np.random.default_rng(0).random((16, 8)).astype(np.float32)
+    logits[13:] = 0
+    logits[12, 0] = -0.5
+
+    def local(rows, boxes):
+        return likeliest_of(rows.T, 13, "model", boxes if by_boxes else None, interpret=True)[None]
+
+    step = jax.shard_map(
+        local, mesh=mesh, in_specs=(P("model"), SPECS), out_specs=P("model"), check_vma=False
+    )
+    found = np.asarray(jax.jit(step)(logits, boxes_of(4, 1)))
+    assert (found == logits[:13].argmax(0)).all()
+    assert found[0, 0] == 12
+
+
+def test_a_lost_token_is_lost_on_all_devices(one_token, monkeypatch):
+    """Only one of them does not know it."""
+    emulate(monkeypatch, Memory(2))
+    jax.clear_caches()
+    source, (tokens, cache, lengths), _ = one_token
+    spread = load_parallel(source, jnp.float16, make_mesh(1, 2), lay_out=laid_out)
+
+    def step(share, tokens, keys, values, lengths, boxes):
+        tokens = jnp.where(jax.lax.axis_index("model") == 1, steps.LOST, tokens)
+        found = likeliest_step(share, tokens, keys, values, lengths, boxes=boxes, interpret=True)[0]
+        return jax.lax.all_gather(found, "model")
+
+    heads = P(None, None, "model", None)
+    run = on_mesh(spread.mesh, step, (P(), heads, heads, P(), SPECS), P())
+    found = jax.jit(run)(spread.shares, tokens, cache.keys, cache.values, lengths, boxes_of(2, 1))
+    assert (np.asarray(found) == steps.LOST).all()
 
 
 @pytest.fixture(scope="module")

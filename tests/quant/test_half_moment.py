@@ -51,15 +51,17 @@ def test_a_size_tells_the_width():
             half_width(size)
 
 
-@pytest.mark.parametrize("mesh", [(1, 2), (2, 3), (8, 1)])
-def test_rows_of_several_devices_make_one_half(mesh):
+@pytest.mark.parametrize("rows", ["moment_rows", "summed_rows"])
+@pytest.mark.parametrize("shape", [(1, 2), (2, 3), (8, 1)])
+def test_rows_of_several_devices_make_one_half(shape, rows):
     """Strips lie across the devices' rows."""
-    width = 2 * STRIP + 14
+    width = 2 * STRIP + 32
     total = np.random.default_rng(0).random((width, width), np.float32)
-    place = sharding(make_mesh(*mesh, devices=jax.devices()[: mesh[0] * mesh[1]]), "moment_rows", None)
-    found = halved(moment_of(jax.device_put(total, place)))
-    assert [part.devices() for part in found.parts] == [{device} for device in jax.devices()[: mesh[1]]]
-    assert max(part.size for part in found.parts) == found.parts[-1].size == part_size(width, mesh[1])
+    mesh = make_mesh(*shape, devices=jax.devices()[: shape[0] * shape[1]])
+    found = halved(moment_of(jax.device_put(total, sharding(mesh, rows, None))))
+    grid = mesh.devices if rows == "summed_rows" else mesh.devices[:1]
+    assert [part.devices() for part in found.parts] == [{device} for device in grid.T.flat]
+    assert max(part.size for part in found.parts) == found.parts[-1].size == part_size(width, grid.size)
     assert found.width == width
     for half in (found, jax.device_get(found)):
         np.testing.assert_array_equal(half.total, halved(moment_of(total)).total)
