@@ -109,11 +109,12 @@ def lowered_burst(
         run, calls = lowered.compile(), itertools.count()
 
         def call() -> jax.Array:
-            first = next(calls) == 0
-            tokens = jnp.copy(held[0].tokens)
-            held[0] = run(leaves, held[0], taken(turns, wait=not first))
-            if first:
-                held[0] = jax.block_until_ready(held[0])._replace(tokens=tokens)
+            if next(calls) == 0:
+                tokens = jnp.copy(held[0].tokens)
+                held[0] = jax.block_until_ready(run(leaves, held[0], taken(turns, wait=False)))
+                held[0] = held[0]._replace(tokens=tokens)
+            else:
+                held[0] = run(leaves, held[0], taken(turns))
             # The caches are donated to the next call.
             return held[0].tokens + 0
 
