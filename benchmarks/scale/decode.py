@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from benchmarks.scale.exchange import BOXES, OPTIONS, exchanges
-from benchmarks.scale.sizes import RandomSource, config_of, counts, machine, median_seconds, relative
+from benchmarks.scale.sizes import RandomSource, at_once, config_of, counts, machine, median_seconds, relative
 from pallas_kernels.decode_step import LOST, Boxes
 from pallas_kernels.device_time import Chain, call_times
 from svsk_jax.model import Decoder, fused_step
@@ -164,11 +163,6 @@ def lowered_logits(model: Model, batch: int, tiny: bool, boxes: PeerBoxes | None
     return compiled
 
 
-def compiled_at_once(lowered: Sequence[Callable[[], Call]]) -> list[Call]:
-    with ThreadPoolExecutor(len(lowered)) as threads:
-        return list(threads.map(lambda compile_: compile_(), lowered))
-
-
 def decode(tiny: bool, report: Callable[..., None]) -> None:
     """Times, then what the logits of fewer layers are compared to: a limit of time cuts off the end."""
     report(**machine())
@@ -177,7 +171,7 @@ def decode(tiny: bool, report: Callable[..., None]) -> None:
     report(made=True)
     bursts = [lowered_burst(model, batch, tiny, boxes) for batch, (_, model, _, boxes) in cases]
     report(lowered=True)
-    calls = compiled_at_once(bursts)
+    calls = at_once(bursts)
     report(compiled=True)
     alone: dict[int, float] = {}
     for (batch, (devices, _, way, _)), call in zip(cases, calls, strict=True):
@@ -194,9 +188,7 @@ def decode(tiny: bool, report: Callable[..., None]) -> None:
         )
     del cases, bursts, calls
     cases = list(itertools.product(batches, cases_of(tiny, FEW_LAYERS, counts(tiny), report)))
-    calls = compiled_at_once(
-        [lowered_logits(model, batch, tiny, boxes) for batch, (_, model, _, boxes) in cases]
-    )
+    calls = at_once([lowered_logits(model, batch, tiny, boxes) for batch, (_, model, _, boxes) in cases])
     expected: dict[int, jax.Array] = {}
     for (batch, (devices, _, way, _)), call in zip(cases, calls, strict=True):
         found = call()

@@ -1,20 +1,15 @@
 """Linears by the strong recipe: each over several devices, by its rows, and several on a device each."""
 
 import dataclasses
-import hashlib
 import itertools
-import statistics
-import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from benchmarks.scale.sizes import RANK, config_of, counts, machine
+from benchmarks.scale.sizes import RANK, at_once, config_of, counts, machine, median_seconds
 from pallas_kernels.svsk_matmul.devices import target_device
 from svsk_jax.model.parameters import layer_shapes
 from svsk_jax.parallel import make_mesh
@@ -22,8 +17,8 @@ from svsk_jax.parallel.groups import DeviceGroups
 from svsk_jax.quant.joint import input_metric, plain_output_metric, quantize_joint
 from svsk_jax.quant.row_parts import Devices, InputMetric, OutputMetric
 from svsk_jax.quant.types import InputMoment, QuantConfig, SVSKWeight, TensorPlan, TileShape, recipe
+from svsk_jax.storage import arrays
 
-T = TypeVar("T")
 LINEARS = ("attention.q", "mlp.gate")
 REPEATS = 3
 LAYERS = 8
@@ -50,14 +45,15 @@ def quantization(tiny: bool, report: Callable[..., None]) -> None:
         for (name, linear), devices in itertools.product(linears.items(), counts(tiny))
     }
     # Each number of devices has programs of its own, and each device compiles them for itself.
-    at_once = 1 if tiny else len(by_rows)
-    digests = dict(zip(by_rows, in_threads(digest_of, by_rows.values(), at_once), strict=True))
+    threads = 1 if tiny else None
+    weights = dict(zip(by_rows, at_once(list(by_rows.values()), threads), strict=True))
+    digests = {case: arrays.sha256(weight) for case, weight in weights.items()}
     places = {device: jax.device_put(linears[LINEARS[0]], device) for device in jax.devices()}
-    in_threads(digest_of, (partial(quantized, each, config) for each in places.values()), at_once)
+    jax.block_until_ready(at_once([partial(quantized, each, config) for each in places.values()], threads))
     report(compiled=True)
     alone: dict[str, float] = {}
     for (name, devices), quantize in by_rows.items():
-        seconds = median(quantize)
+        seconds = median_seconds(quantize, REPEATS, 1)
         report(
             linear=name,
             shape=shapes[name],
@@ -68,7 +64,7 @@ def quantization(tiny: bool, report: Callable[..., None]) -> None:
         )
     for devices in counts(tiny):
         groups = DeviceGroups.of(make_mesh(devices, 1, jax.devices()[:devices]))
-        seconds = median(partial(over_layers, groups, places, config))
+        seconds = median_seconds(partial(over_layers, groups, places, config), REPEATS, 1)
         share = alone.setdefault("layers", seconds) / seconds / devices
         report(linear=LINEARS[0], layers=LAYERS, devices=devices, seconds=seconds, efficiency=share)
 
@@ -96,25 +92,3 @@ def over_layers(groups: DeviceGroups, places: dict[Any, Linear], config: QuantCo
         return jax.block_until_ready(quantized(places[target_device()], config))
 
     return list(groups.each(range(LAYERS), task))
-
-
-def in_threads(call: Callable[[Any], T], items: Iterable[Any], threads: int) -> list[T]:
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(call, items))
-
-
-def median(quantize: Callable[[], Any]) -> float:
-    """Seconds."""
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        jax.block_until_ready(quantize())
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def digest_of(quantize: Callable[[], SVSKWeight]) -> str:
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(quantize()):
-        digest.update(np.ascontiguousarray(np.asarray(leaf)).tobytes())
-    return digest.hexdigest()

@@ -3,8 +3,9 @@
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from svsk_jax.known_models import KNOWN
 from svsk_jax.model import ModelConfig
 from svsk_jax.model.parameters import layer_parameters
 
+T = TypeVar("T")
 MODEL_NAME = "Qwen3-8B"
 RANK = 9
 """In tiles of 512 rows: what svsk-r16's budget buys on average."""
@@ -54,6 +56,12 @@ def median_seconds(call: Callable[[], Any], repeats: int = 5, calls: int = 4) ->
         jax.block_until_ready([call() for _ in range(calls)][-1])
         times.append((time.perf_counter() - start) / calls)
     return statistics.median(times)
+
+
+def at_once(calls: Sequence[Callable[[], T]], threads: int | None = None) -> list[T]:
+    """What some calls give, each on a thread; default: as many threads as calls."""
+    with ThreadPoolExecutor(threads or len(calls)) as pool:
+        return list(pool.map(lambda call: call(), calls))
 
 
 class RandomSource:

@@ -50,6 +50,11 @@ class Boxes:
     """int32 [1], at least 0: how often a thread asks again for a number that has not come."""
 
     @property
+    def devices(self) -> int:
+        """n."""
+        return _devices(self.addresses)
+
+    @property
     def operands(self) -> dict[str, jax.Array]:
         """What a kernel reads, by name."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -57,6 +62,11 @@ class Boxes:
     def after(self, turn: jax.Array) -> "Boxes":
         """For the sum after one whose kernel gave this turn."""
         return dataclasses.replace(self, turn=turn)
+
+
+def _devices(addresses: Any) -> int:
+    """That some `Boxes.addresses` are of."""
+    return (addresses.shape[2] - 1) // 2
 
 
 def assembly(devices: int) -> str:
@@ -111,7 +121,7 @@ def over_devices(ref: Refs, index: jax.Array) -> Callable[[jax.Array], jax.Array
         ref: fields of `Boxes`, and `next`.
         index: int32, of each number's word, below `LARGEST`. Programs that share one have the same number.
     """
-    devices, first = (ref["addresses"].shape[2] - 1) // 2, jnp.int32(0)
+    devices, first = _devices(ref["addresses"]), jnp.int32(0)
     turn, patience = (plgpu.load(ref[name].at[first]) for name in ("turn", "patience"))
     entries = [plgpu.load(ref["addresses"].at[first, first, jnp.int32(i)]) for i in range(2 * devices + 1)]
     half = (turn & 1) * (devices * LARGEST * WORD) + index * WORD

@@ -19,7 +19,9 @@ LOST = -1
 WARP = 32
 
 
-def _work(ref: Refs, program: jax.Array, row: jax.Array, *, shape: tuple[int, int, int]) -> None:
+def _work(
+    ref: Refs, program: jax.Array, row: jax.Array, *, shape: tuple[int, int, int], devices: int
+) -> None:
     side, device, item = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(3))
     # Whose numbers: each adds zeros to all but its own.
     place = plgpu.load(ref["addresses"].at[program, row, jnp.int32(0)])
@@ -28,7 +30,7 @@ def _work(ref: Refs, program: jax.Array, row: jax.Array, *, shape: tuple[int, in
     both = jnp.where(side == 0, numbers[0], numbers[1].astype(jnp.float32))
     both = total(jnp.where(device == place, both, 0.0))
     best, token = (jnp.sum(jnp.where(side == which, both, 0.0), axis=0) for which in range(2))
-    known = lax.broadcasted_iota(jnp.int32, shape[1:], 0) < (ref["addresses"].shape[2] - 1) // 2
+    known = lax.broadcasted_iota(jnp.int32, shape[1:], 0) < devices
     lost = jnp.sum(jnp.where(known, best + token, 0.0), axis=0)
     best = jnp.where(known, best, -math.inf)
     is_best = best == jnp.max(best, axis=0)[None]
@@ -51,11 +53,10 @@ def likeliest_over(
         boxes: of this device.
         interpret: run in interpret mode, which knows no assembly.
     """
-    devices = (boxes.addresses.shape[2] - 1) // 2
     (m,) = best.shape
-    shape = (2, 1 << (devices - 1).bit_length(), m)
+    shape = (2, 1 << (boxes.devices - 1).bit_length(), m)
     found, turn = launch(
-        partial(_work, shape=shape),
+        partial(_work, shape=shape, devices=boxes.devices),
         NAME,
         {"best": best, "token": token, **boxes.operands},
         {"out": jax.ShapeDtypeStruct((m,), jnp.int32), "next": jax.ShapeDtypeStruct((1,), jnp.int32)},

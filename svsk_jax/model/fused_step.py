@@ -73,10 +73,11 @@ def fused_step(
     values: Caches,
     lengths: Int[Array, "b"],
     *,
+    greedy: bool = False,
     boxes: Boxes | None = None,
     interpret: bool = False,
-) -> tuple[Float[Array, "b v"], Caches, Caches]:
-    """f32 logits after one more token of each sequence, and the caches with it.
+) -> tuple[Float[Array, "b v"] | Int[Array, "b"], Caches, Caches]:
+    """f32 logits after one more token of each sequence, or the likeliest tokens, and the caches with it.
 
     The residual stream is f32, and x of a product is rounded to f16, not to the model's dtype.
 
@@ -86,69 +87,11 @@ def fused_step(
         tokens: int32; their number is one of `batch_bucket`.
         keys, values: of each layer, [b, capacity, KV heads, head_dim]; donate them, to be written in place.
         lengths: int32, filled positions of each sequence, below the capacity.
+        greedy: tokens, int32, instead of logits: devices tell one another no more than their own best. `LOST`
+            where a sum through boxes was lost, and behind such a token.
         boxes: of this device, for the turns that `exchanges` counts; None, or none counted: XLA adds up.
         interpret: run the kernels in interpret mode.
     """
-    logits, keys, values, _ = _own_logits(model, tokens, keys, values, lengths, boxes, interpret)
-    return join_over(logits, model.axis, model.config.vocab_size), keys, values
-
-
-def likeliest_step(
-    model: Decoder,
-    tokens: Int[Array, "b"],
-    keys: Caches,
-    values: Caches,
-    lengths: Int[Array, "b"],
-    *,
-    boxes: Boxes | None = None,
-    interpret: bool = False,
-) -> tuple[Int[Array, "b"], Caches, Caches]:
-    """`fused_step`, with the likeliest tokens, int32, instead of logits: devices tell one another no more
-    than their own best. `LOST` where a sum through boxes was lost, and behind such a token."""
-    logits, keys, values, boxes = _own_logits(model, tokens, keys, values, lengths, boxes, interpret)
-    found = likeliest_of(logits, model.config.vocab_size, model.axis, boxes, interpret=interpret)
-    return found, keys, values
-
-
-def likeliest_of(
-    logits: Float[Array, "b v"],
-    vocabulary: int,
-    axis: str | None,
-    boxes: Boxes | None = None,
-    *,
-    interpret: bool = False,
-) -> Int[Array, "b"]:
-    """The likeliest tokens, int32, of the logits that the devices along an axis hold one after another.
-
-    Args:
-        logits: of this device's tokens; of the whole vocabulary without an axis.
-        vocabulary: tokens; what the last devices hold behind them means nothing.
-        axis: of a mesh, under `jax.shard_map`, or None.
-        boxes: of this device; None: XLA gathers.
-        interpret: run the kernel in interpret mode.
-    """
-    if axis is None:
-        return jnp.argmax(logits, axis=1).astype(jnp.int32)
-    rows = logits.shape[1]
-    first = rows * jax.lax.axis_index(axis)
-    logits = jnp.where(first + jnp.arange(rows) < vocabulary, logits, -jnp.inf)
-    best, token = jnp.max(logits, axis=1), first + jnp.argmax(logits, axis=1).astype(jnp.int32)
-    if boxes is not None:
-        return likeliest_over(best, token, boxes, interpret=interpret)[0]
-    every, place = (jax.lax.all_gather(each, axis) for each in (best, token))
-    return jnp.take_along_axis(place, jnp.argmax(every, axis=0)[None], axis=0)[0]
-
-
-def _own_logits(
-    model: Decoder,
-    tokens: Int[Array, "b"],
-    keys: Caches,
-    values: Caches,
-    lengths: Int[Array, "b"],
-    boxes: Boxes | None,
-    interpret: bool,
-) -> tuple[Float[Array, "b v"], Caches, Caches, Boxes | None]:
-    """`fused_step`, with the logits of this device's rows of the head and the boxes for what follows."""
     config, m, d = model.config, tokens.shape[0], model.config.hidden_size
     norm: dict[str, Any] = {"columns": d, "eps": config.rms_norm_eps, "interpret": interpret}
     angles = lengths.astype(jnp.float32)[:, None] * jnp.asarray(config.inverse_frequencies)
@@ -192,12 +135,45 @@ def _own_logits(
     stream, boxes = finish_residual(x, pending, scale, rows=rows, boxes=boxes, interpret=interpret)
     logits = triton_int8.matmul(stream.scaled, head, jnp.float32, batch=batch_of(rows), interpret=interpret)
     rms = jnp.sqrt(jnp.sum(stream.squares, axis=-1, keepdims=True) / d + config.rms_norm_eps)
-    return logits[:m, : head.shape[0]] / rms, tuple(new_keys), tuple(new_values), boxes
+    own = logits[:m, : head.shape[0]] / rms
+    if greedy:
+        found = likeliest_of(own, config.vocab_size, model.axis, boxes, interpret=interpret)
+    else:
+        found = join_over(own, model.axis, config.vocab_size)
+    return found, tuple(new_keys), tuple(new_values)
+
+
+def likeliest_of(
+    logits: Float[Array, "b v"],
+    vocabulary: int,
+    axis: str | None,
+    boxes: Boxes | None = None,
+    *,
+    interpret: bool = False,
+) -> Int[Array, "b"]:
+    """The likeliest tokens, int32, of the logits that the devices along an axis hold one after another.
+
+    Args:
+        logits: of this device's tokens; of the whole vocabulary without an axis.
+        vocabulary: tokens; what the last devices hold behind them means nothing.
+        axis: of a mesh, under `jax.shard_map`, or None.
+        boxes: of this device; None: XLA gathers.
+        interpret: run the kernel in interpret mode.
+    """
+    if axis is None:
+        return jnp.argmax(logits, axis=1).astype(jnp.int32)
+    rows = logits.shape[1]
+    first = rows * jax.lax.axis_index(axis)
+    logits = jnp.where(first + jnp.arange(rows) < vocabulary, logits, -jnp.inf)
+    best, token = jnp.max(logits, axis=1), first + jnp.argmax(logits, axis=1).astype(jnp.int32)
+    if boxes is not None:
+        return likeliest_over(best, token, boxes, interpret=interpret)[0]
+    every, place = (jax.lax.all_gather(each, axis) for each in (best, token))
+    return jnp.take_along_axis(place, jnp.argmax(every, axis=0)[None], axis=0)[0]
 
 
 def exchanges(model: Decoder, sequences: int, *, greedy: bool) -> int:
-    """How many turns of `Boxes` a step for some sequences takes, of one device's share of a model:
-    `likeliest_step` if it is greedy, else `fused_step`."""
+    """How many turns of `Boxes` a step for some sequences takes, of one device's share of a model."""
     return 2 * model.config.num_layers + 1 + greedy if _exchange(model, sequences) else 0
 
 

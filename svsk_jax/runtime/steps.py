@@ -1,6 +1,5 @@
 """The steps of generating, as functions to compile: a prompt at once, then tokens one after another."""
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +9,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from pallas_kernels.decode_step import LOST, Boxes
 from pallas_kernels.svsk_matmul.layout import ceil_div
 from svsk_jax.model import Decoder, KVCache
-from svsk_jax.model.fused_step import exchanges, fused_step, likeliest_step
+from svsk_jax.model.fused_step import exchanges, fused_step
 from svsk_jax.runtime.sampling import SamplingNumbers, draw, sample
 
 SMALLEST_BUCKET = 16
@@ -103,8 +102,9 @@ def fused_steps(
         mine = None
         if boxes is not None:
             mine = boxes.after(boxes.turn + index * exchanges(model, tokens.shape[0], greedy=greedy))
-        next_step = partial(likeliest_step if greedy else fused_step, boxes=mine, interpret=interpret)
-        found, keys, values = next_step(model, tokens, keys, values, lengths)
+        found, keys, values = fused_step(
+            model, tokens, keys, values, lengths, greedy=greedy, boxes=mine, interpret=interpret
+        )
         lengths = lengths + 1
         if greedy:
             return State(keys, values, lengths, found), found

@@ -16,7 +16,7 @@ from pallas_kernels import aot
 from pallas_kernels.decode_step import Boxes
 from svsk_jax.known_models import KNOWN
 from svsk_jax.model import Decoder, KVCache
-from svsk_jax.model.fused_step import fused_step, likeliest_step
+from svsk_jax.model.fused_step import fused_step
 from svsk_jax.model.laid_out import lay_out_parameters
 from svsk_jax.parallel import DATA, MODEL, sharding
 from svsk_jax.parallel.boxes import SPECS
@@ -105,7 +105,7 @@ def test_the_fused_step_over_two_devices(batch, by_boxes):
     def fused(parameters, tokens, keys, values, lengths, boxes):
         model = Decoder(share, parameters, jnp.bfloat16, axis=MODEL)
         boxes = boxes if by_boxes else None
-        return likeliest_step(model, tokens, keys, values, lengths, boxes=boxes)
+        return fused_step(model, tokens, keys, values, lengths, greedy=True, boxes=boxes)
 
     with aot.targeting("sm_90", axes) as mesh:
         divided, heads = sharding(mesh, "heads"), sharding(mesh, "batch", None, "heads", None)

@@ -36,7 +36,7 @@ def test_committed_tables_fit_their_shapes(path):
 
 def test_shapes_of_known_models_are_tuned():
     keys = {tuning.shape_key(abstract_weight(*shape)) for shape in unique_shapes()}
-    assert len(keys & table(H100).keys()) >= 8
+    assert sum(len(table(H100).get(key, {})) for key in keys) >= 12
 
 
 def test_a_table_goes_before_the_rule_where_it_fits(monkeypatch):
@@ -64,7 +64,7 @@ def test_a_folder_of_the_user_goes_first(monkeypatch, tmp_path):
 
 
 def test_kin_of_a_tuned_gpu_take_its_blocks(monkeypatch, tmp_path):
-    assert table("NVIDIA H200").keys() == table(H100).keys() != set()
+    assert table("NVIDIA H200") == table(H100) != {}
     assert table("NVIDIA A100-SXM4-80GB") == {}
     blocks = {"rows": 64, "superblocks": 1, "warps": 4, "stages": 2}
     kind = "NVIDIA H200 of the user"

@@ -14,7 +14,7 @@ from weights import random_int8, random_weight
 
 from svsk_jax.model import Decoder, KVCache, Mixture
 from svsk_jax.model import fused_step as fused_module
-from svsk_jax.model.fused_step import exchanges, fused_step, likeliest_of, likeliest_step
+from svsk_jax.model.fused_step import exchanges, fused_step, likeliest_of
 from svsk_jax.model.laid_out import lay_out_parameters
 from svsk_jax.model.parameters import QUANTIZED_LINEARS, layer_parameters, random_parameters
 from svsk_jax.models import load_model
@@ -226,8 +226,8 @@ def test_a_lost_token_is_lost_on_all_devices(one_token, monkeypatch):
 
     def step(share, tokens, keys, values, lengths, boxes):
         tokens = jnp.where(jax.lax.axis_index("model") == 1, steps.LOST, tokens)
-        found = likeliest_step(share, tokens, keys, values, lengths, boxes=boxes, interpret=True)[0]
-        return jax.lax.all_gather(found, "model")
+        work = partial(fused_step, greedy=True, boxes=boxes, interpret=True)
+        return jax.lax.all_gather(work(share, tokens, keys, values, lengths)[0], "model")
 
     heads = P(None, None, "model", None)
     run = on_mesh(spread.mesh, step, (P(), heads, heads, P(), SPECS), P())
