@@ -85,7 +85,7 @@ def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, rows: int, supe
             ahead = super_at(jnp.minimum(b + 1, last))
             words = plgpu.load(ref["words"].at[(*at, b, row, pl.ds(0, PLANE))])
             small = plgpu.load(ref["scales"].at[(*at, b, *scale_index)])
-            small = small_to_f16(small) if weight.super_scales is not None else small
+            small = small_to_f16(small, asm=asm) if weight.super_scales is not None else small
             sums = jnp.zeros((rows, SPREAD), jnp.float32)
             for half, planes in enumerate(halves):
                 product = jnp.zeros((rows, SPREAD), jnp.float32)

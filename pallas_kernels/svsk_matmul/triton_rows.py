@@ -69,12 +69,20 @@ def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, blocks: Blocks,
             places = lax.broadcasted_iota(jnp.int32, wide, 1) % (4 * per_plane)
             scale_index = (block * rows + lax.broadcasted_iota(jnp.int32, wide, 0), places)
 
-        def superblock(i, total):
+        def super_at(i):
+            if weight.super_scales is None:
+                return None
+            return plgpu.load(ref["super_scales"].at[(*at, first + i, row)])
+
+        def superblock(i, carry):
+            total, supers = carry
             b = first + i
+            # A superblock ahead, so that its way from memory is spent on products.
+            ahead = super_at(jnp.minimum(i + 1, blocks.superblocks - 1))
             product = jnp.zeros((rows, batch), jnp.float32)
             if on_sums:
                 small = plgpu.load(ref["scales"].at[(*at, b, *scale_index)])
-                small = small_to_f16(small) if weight.super_scales is not None else small
+                small = small if weight.super_scales is None else small_to_f16(small, asm=asm)
             for q in range(per_plane):
                 words = plgpu.load(ref["words"].at[(*at, b, row, pl.ds(q * group, group))])
                 for plane in range(4):
@@ -90,14 +98,14 @@ def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, blocks: Blocks,
                         product = fma_f32(plgpu.dot(level, x), plgpu.dot(small, one), product, asm=asm)
                     else:
                         scale = plgpu.load(ref["scales"].at[(*at, b, row, jnp.int32(place))])
-                        product = product + plgpu.dot(level * small_to_f16(scale)[:, None], x)
+                        product = product + plgpu.dot(level * small_to_f16(scale, asm=False)[:, None], x)
             factors = jnp.broadcast_to(unit_at(i)[None, :], product.shape)
-            if weight.super_scales is not None:
-                supers = plgpu.load(ref["super_scales"].at[(*at, b, row)]).astype(jnp.float32)
-                factors = factors * supers[:, None]
-            return fma_f32(product, factors, total, asm=asm)
+            if supers is not None:
+                factors = factors * supers.astype(jnp.float32)[:, None]
+            return fma_f32(product, factors, total, asm=asm), ahead
 
-        total = lax.fori_loop(0, blocks.superblocks, superblock, jnp.zeros((rows, batch), jnp.float32))
+        start = jnp.zeros((rows, batch), jnp.float32), super_at(0)
+        total, _ = lax.fori_loop(0, blocks.superblocks, superblock, start)
         return total * (
             jnp.broadcast_to(factor, total.shape) if weight.companded else jnp.float32(1 / LINEAR_STEP)
         )
