@@ -121,7 +121,13 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], **note: Any) -> N
         path: of the file.
         arrays: by name.
         note: JSON data to be stored beside the digests, `StoredArrays.note`.
+
+    Raises:
+        TypeError: an array of another dtype, by name. Nothing is written.
     """
+    other = {name: str(value.dtype) for name, value in arrays.items() if value.dtype not in DTYPES.values()}
+    if other:
+        raise TypeError(f"{path}: arrays are stored as float32 or int32, not {other}: convert them")
     whole = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
     # Digests have one length: that of the header is known before they are.
     start = len(_header(whole, dict.fromkeys(whole, _digest(np.empty(0), [])), note))

@@ -1,5 +1,6 @@
 """The steps of generating, as functions to compile: a prompt at once, then tokens one after another."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +30,13 @@ class State(NamedTuple):
     """int32, filled positions: [b] for the fused step, else one for all."""
     tokens: Any
     """int32 [b], the last tokens, whose keys and values are still to come."""
+
+
+def rehearsed(run: Callable[[State], State], state: State) -> State:
+    """A state as it was, in the place of the one given, after a run whose devices did not wait for one
+    another: nothing reads the positions behind a text, where it leaves what means nothing."""
+    lengths, tokens = jnp.copy(state.lengths), jnp.copy(state.tokens)
+    return jax.block_until_ready(run(state))._replace(lengths=lengths, tokens=tokens)
 
 
 def prefill_bucket(length: int, capacity: int) -> int:

@@ -154,6 +154,13 @@ def test_nan_is_named_where_it_is_read(tmp_path):
         StoredArrays(tmp_path / "a")["x"]
 
 
+def test_an_array_of_another_dtype_is_refused_by_name(tmp_path):
+    arrays = {"fine": np.zeros(3, np.float32), "wide": np.zeros(3), "big-endian": np.zeros(3, ">f4")}
+    with pytest.raises(TypeError, match=r"float32 or int32, not \{'wide': 'float64', 'big-endian': '>f4'\}"):
+        write_arrays(tmp_path / "a", arrays)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_array_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

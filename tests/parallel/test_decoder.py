@@ -125,6 +125,12 @@ class EmulatedBoxes(PeerBoxes):
 
     def __init__(self, mesh):
         self.turn, self.rehearsals, self.patience = 1, 0, 1 << 24
+        self.sent = []
+
+    def send(self, call, exchanges, *, wait=True):
+        tokens, state = super().send(call, exchanges, wait=wait)
+        self.sent.append(tokens)
+        return tokens, state
 
     def take(self, exchanges, *, wait=True):
         turn, self.turn = self.turn, self.turn + exchanges
@@ -147,7 +153,10 @@ def generators():
         made = [TextGenerator(model, byte_tokenizer(), capacity=40) for model in (alone, spread)]
         patch.setattr(generate_module, "why_no_boxes", lambda mesh: None)
         patch.setattr(generate_module, "PeerBoxes", EmulatedBoxes)
-        yield [*made, TextGenerator(spread, byte_tokenizer(), capacity=40)]
+        exchanging = TextGenerator(spread, byte_tokenizer(), capacity=40)
+        yield [*made, exchanging]
+        # Steps that nobody has waited for call back into Python, which must not have ended.
+        jax.block_until_ready(exchanging.boxes.sent)
 
 
 @pytest.mark.parametrize("small_sum", [0, 1 << 18])
