@@ -21,6 +21,7 @@ from pallas_kernels.svsk_matmul.triton_operands import (
     abstract,
     load_codebook,
     named,
+    scales_loader,
     sidecar_products,
     stack_index,
     weight_operands,
@@ -30,7 +31,6 @@ from pallas_kernels.svsk_matmul.triton_planes import (
     code_plane,
     companded_plane,
     fma_f32,
-    small_to_f16,
 )
 from pallas_kernels.svsk_matmul.triton_prepare import Prepared
 from pallas_kernels.svsk_matmul.tuning import Blocks
@@ -66,11 +66,7 @@ def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, rows: int, supe
 
         halves = ((0, 1), (2, 3)) if weight.group == 16 else ((0, 1, 2, 3),)
 
-        # Sixteen scales, the least that a product takes; of eight, each twice.
-        wide = (rows, 16)
-        places = lax.broadcasted_iota(jnp.int32, wide, 1) % (SPREAD * len(halves))
-        scale_row = block * rows + lax.broadcasted_iota(jnp.int32, wide, 0)
-        scale_index = (row, pl.ds(0, 16)) if weight.group == 16 else (scale_row, places)
+        scales_at = scales_loader(ref, at, weight, block, rows, asm=asm)
 
         def super_at(b):
             unit = plgpu.load(ref["unit"].at[jnp.int32(0), pl.ds(b, 1)])
@@ -84,8 +80,7 @@ def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, rows: int, supe
             # A superblock ahead, so that their way from memory is spent on products.
             ahead = super_at(jnp.minimum(b + 1, last))
             words = plgpu.load(ref["words"].at[(*at, b, row, pl.ds(0, PLANE))])
-            small = plgpu.load(ref["scales"].at[(*at, b, *scale_index)])
-            small = small_to_f16(small, asm=asm) if weight.super_scales is not None else small
+            small = scales_at(b)
             sums = jnp.zeros((rows, SPREAD), jnp.float32)
             for half, planes in enumerate(halves):
                 product = jnp.zeros((rows, SPREAD), jnp.float32)

@@ -9,8 +9,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.svsk_matmul.triton_layout import PLANE, TritonWeight
-from pallas_kernels.svsk_matmul.triton_planes import UNITS, Codebook, byte_plane, fma_f32
+from pallas_kernels.svsk_matmul.triton_layout import PLANE, SUPERBLOCK, TritonWeight
+from pallas_kernels.svsk_matmul.triton_planes import UNITS, Codebook, byte_plane, fma_f32, small_to_f16
 
 T = TypeVar("T")
 Refs = Mapping[str, Any]
@@ -51,6 +51,23 @@ def load_codebook(
         plgpu.load(ref["constants"].at[(*at, pl.ds(block, 1), pl.ds(index, 1))]) for index in range(4)
     )
     return Codebook.of(rho, shift, step, shape), factor
+
+
+def scales_loader(
+    ref: Refs, at: tuple[jax.Array, ...], weight: TritonWeight, block: jax.Array, rows: int, *, asm: bool
+) -> Callable[[jax.Array], jax.Array]:
+    """What loads the scales of a superblock for a block of rows, f16 [rows, 16], super-scales aside. Sixteen
+    are the least that a product takes; of eight, each comes twice."""
+    index: tuple[Any, ...] = (pl.ds(block * rows, rows), pl.ds(0, 16))
+    if weight.group > 16:
+        row, place = (lax.broadcasted_iota(jnp.int32, (rows, 16), axis) for axis in range(2))
+        index = (block * rows + row, place % (SUPERBLOCK // weight.group))
+
+    def load(b: jax.Array) -> jax.Array:
+        small = plgpu.load(ref["scales"].at[(*at, b, *index)])
+        return small if weight.super_scales is None else small_to_f16(small, asm=asm)
+
+    return load
 
 
 def sidecar_products(

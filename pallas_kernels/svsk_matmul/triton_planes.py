@@ -22,11 +22,13 @@ def _pair(value: float) -> str:
 
 
 def _asm(body: str, arguments: list[jax.Array], dtype: jnp.dtype | type, pack: int) -> jax.Array:
-    sources = ",".join("r" if pack > 1 else "f" for _ in arguments)
+    # A register of 32 bits holds several elements, or one f32.
+    kind = "r" if pack > 1 else "f"
+    outputs = max(1, pack * jnp.dtype(dtype).itemsize // 4)
     [out] = plgpu.elementwise_inline_asm(
         body,
         args=arguments,
-        constraints=("=r," if pack > 1 else "=f,") + sources,
+        constraints=",".join([f"={kind}"] * outputs + [kind] * len(arguments)),
         pack=pack,
         result_shape_dtypes=[jax.ShapeDtypeStruct(arguments[0].shape, dtype)],
     )
@@ -131,13 +133,6 @@ def small_to_f16(values: jax.Array, *, asm: bool) -> jax.Array:
         body = ".reg .b32 t,c; xor.b32 t,$2,0x80808080; mov.b32 c,0x64806480;"
         body += "prmt.b32 $0,t,0x64646464,0x4140; prmt.b32 $1,t,0x64646464,0x4342;"
         body += "sub.rn.f16x2 $0,$0,c; sub.rn.f16x2 $1,$1,c;"
-        [out] = plgpu.elementwise_inline_asm(
-            "{" + body + "}",
-            args=[values],
-            constraints="=&r,=&r,r",
-            pack=4,
-            result_shape_dtypes=[jax.ShapeDtypeStruct(values.shape, jnp.float16)],
-        )
-        return out
+        return _asm("{" + body + "}", [values], jnp.float16, 4)
     bits = values.astype(jnp.int16) + jnp.int16(0x6480)
     return lax.bitcast_convert_type(bits, jnp.float16) - jnp.float16(1024 + 128)

@@ -20,6 +20,7 @@ from pallas_kernels.svsk_matmul.triton_operands import (
     abstract,
     load_codebook,
     named,
+    scales_loader,
     sidecar_products,
     stack_index,
     weight_operands,
@@ -62,12 +63,7 @@ def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, blocks: Blocks,
         constant = block * rows // ROW_UNIT
         codebook, factor = load_codebook(ref, at, constant, (rows, group))
 
-        # Sixteen scales, the least that a product takes; of eight, each twice.
-        scale_index = (row, pl.ds(0, 16))
-        if per_plane < 4:
-            wide = (rows, 16)
-            places = lax.broadcasted_iota(jnp.int32, wide, 1) % (4 * per_plane)
-            scale_index = (block * rows + lax.broadcasted_iota(jnp.int32, wide, 0), places)
+        scales_at = scales_loader(ref, at, weight, block, rows, asm=asm)
 
         def super_at(i):
             if weight.super_scales is None:
@@ -81,8 +77,7 @@ def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, blocks: Blocks,
             ahead = super_at(jnp.minimum(i + 1, blocks.superblocks - 1))
             product = jnp.zeros((rows, batch), jnp.float32)
             if on_sums:
-                small = plgpu.load(ref["scales"].at[(*at, b, *scale_index)])
-                small = small if weight.super_scales is None else small_to_f16(small, asm=asm)
+                small = scales_at(b)
             for q in range(per_plane):
                 words = plgpu.load(ref["words"].at[(*at, b, row, pl.ds(q * group, group))])
                 for plane in range(4):
