@@ -151,7 +151,7 @@ def partial_products(
     v_blocks = 0 if weight.v is None else ceil_div(weight.v.shape[-2], blocks.rows)
     grid = (weight.padded_rows // blocks.rows + v_blocks, parts)
     fields = ("words", "scales", "constants", "super_scales", "v", "ranges")
-    operands = {"x": x.values, "unit": x.unit, **weight_operands(weight, fields, layer)}
+    operands = {"x": x.values.reshape(1, -1), "unit": x.unit, **weight_operands(weight, fields, layer)}
     body = partial(
         _kernel,
         names=tuple(operands),

@@ -22,7 +22,7 @@ from pallas_kernels.svsk_matmul.triton_layout import (
     unpack_byte_planes,
 )
 from pallas_kernels.svsk_matmul.triton_planes import UNITS, byte_plane, fma_f32
-from pallas_kernels.svsk_matmul.triton_prepare import Prepared
+from pallas_kernels.svsk_matmul.triton_prepare import Prepared, load_columns
 from pallas_kernels.svsk_matmul.types import Int8Weight, Leaf
 
 NAME = "svsk_int8"
@@ -74,7 +74,8 @@ def take_rows(weight: TritonInt8Weight, rows: Int[Array, "*b"], dtype: DTypeLike
 
 
 def _kernel(x_ref, unit_ref, words_ref, scales_ref, out_ref, *, superblocks: int, asm: bool):
-    batch = x_ref.shape[0]
+    batch = out_ref.shape[0]
+    items = pl.program_id(1) * batch, batch
     row = pl.ds(pl.program_id(0) * ROWS, ROWS)
 
     def superblock(b, total):
@@ -83,7 +84,7 @@ def _kernel(x_ref, unit_ref, words_ref, scales_ref, out_ref, *, superblocks: int
             words = plgpu.load(words_ref.at[row, pl.ds((2 * b + half) * PLANE, PLANE)])
             for byte in range(2):
                 plane = 4 * b + 2 * half + byte
-                x = plgpu.load(x_ref.at[:, pl.ds(plane * PLANE, PLANE)]).T
+                x = load_columns(x_ref, items, b, (2 * half + byte) * PLANE, PLANE)
                 product = plgpu.dot(byte_plane(words, byte, asm=asm), x)
                 product += plgpu.dot(jnp.full((ROWS, PLANE), -128 * UNITS[0], jnp.float16), x)
                 scale = plgpu.load(scales_ref.at[plane, row]).astype(jnp.float32)
@@ -111,12 +112,13 @@ def matmul(
         batch: rows of x that a program computes, 8 or a power of two above.
         interpret: run in interpret mode.
     """
-    m = x.values.shape[0]
+    m = x.unit.shape[0]
     return pl.pallas_call(
         partial(_kernel, superblocks=weight.superblocks, asm=not interpret),
         grid=(weight.padded_rows // ROWS, m // batch),
         in_specs=[
-            *(pl.BlockSpec((batch, each.shape[1]), lambda i, m: (m, 0)) for each in x),
+            pl.BlockSpec(),
+            pl.BlockSpec((batch, x.unit.shape[1]), lambda i, m: (m, 0)),
             pl.BlockSpec(),
             pl.BlockSpec(),
         ],

@@ -18,13 +18,17 @@ from pallas_kernels.svsk_matmul.types import Leaf
 NAME = "svsk_prepare"
 WARPS = 2
 PLANES = SUPERBLOCK // PLANE
+RUN = 16
+"""Columns of x that lie together."""
+RUNS = SUPERBLOCK // RUN
 
 
 class Prepared(NamedTuple):
     """x as the kernels of a product read it, K padded to B superblocks of 256 columns with zeros."""
 
     values: Leaf
-    """f16 [m, 256 B], x / unit."""
+    """f16 [16 B, m, 16], x / unit by runs of 16 columns: what a kernel takes at a time of several rows lies
+    together, and costs the cache as many look-ups as it has lines."""
     unit: Leaf
     """f32 [m, B], powers of two that take the largest element of a superblock to 256 to 512."""
 
@@ -32,7 +36,7 @@ class Prepared(NamedTuple):
 def abstract_prepared(rows: int, superblocks: int) -> Prepared:
     """Shapes of a `Prepared` of some rows of x."""
     return Prepared(
-        jax.ShapeDtypeStruct((rows, superblocks * SUPERBLOCK), jnp.float16),
+        jax.ShapeDtypeStruct((superblocks * RUNS, rows, RUN), jnp.float16),
         jax.ShapeDtypeStruct((rows, superblocks), jnp.float32),
     )
 
@@ -47,9 +51,20 @@ def store_superblock(
     small = (x * (1 / unit)).astype(jnp.float16)
     plane = lax.broadcasted_iota(jnp.int32, x.shape, 0)
     lane = lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    column = superblock * SUPERBLOCK + plane * PLANE + lane
-    plgpu.store(values_ref.at[row, column], small)
+    run = superblock * RUNS + plane * (PLANE // RUN) + lax.div(lane, jnp.int32(RUN))
+    plgpu.store(values_ref.at[run, row, lax.rem(lane, jnp.int32(RUN))], small)
     plgpu.store(unit_ref.at[row, superblock], unit)
+
+
+def load_columns(
+    values: Any, rows: tuple[jax.Array, int], superblock: jax.Array, column: int, width: int
+) -> jax.Array:
+    """Within a kernel: columns of a superblock of a `Prepared`'s values, f16 [width, rows]; both `column` and
+    `width` are multiples of 16, and `rows` are the first and how many."""
+    first, count = rows
+    row, lane = (lax.broadcasted_iota(jnp.int32, (count, width), axis) for axis in range(2))
+    run = superblock * RUNS + column // RUN + lax.div(lane, jnp.int32(RUN))
+    return plgpu.load(values.at[run, first + row, lax.rem(lane, jnp.int32(RUN))]).T
 
 
 def _kernel(x_ref, values_ref, unit_ref, *, rows: int, columns: int):

@@ -15,7 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.svsk_matmul.layout import ceil_div
-from pallas_kernels.svsk_matmul.triton_layout import PLANE, ROW_UNIT, SUPERBLOCK, TritonWeight
+from pallas_kernels.svsk_matmul.triton_layout import PLANE, ROW_UNIT, TritonWeight
 from pallas_kernels.svsk_matmul.triton_operands import (
     abstract,
     load_codebook,
@@ -33,17 +33,30 @@ from pallas_kernels.svsk_matmul.triton_planes import (
     linear_plane,
     small_to_f16,
 )
-from pallas_kernels.svsk_matmul.triton_prepare import Prepared
+from pallas_kernels.svsk_matmul.triton_prepare import Prepared, load_columns
 from pallas_kernels.svsk_matmul.tuning import Blocks
 
 NAME = "svsk_rows"
+
+
+def _strips(blocks: Blocks) -> int:
+    """Strips that a program's rows are cut into, each of 16 rows a warp, which is a tensor-core product's
+    height; they share what is read of x. Of a taller tensor a warp has several products' rows, and the
+    compiler moves its scales through shared memory for each group of columns. Wide x it divides over fewer
+    than four warps by columns, whatever the height."""
+    if blocks.batch > 16 and blocks.warps < 4:
+        return 1
+    return max(1, blocks.rows // (16 * blocks.warps))
 
 
 def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, blocks: Blocks, asm: bool):
     ref = named(names, refs)
     at = stack_index(ref)
     rows, batch = blocks.rows, blocks.batch
+    strips = _strips(blocks)
+    shape = rows // strips, batch
     block, part = pl.program_id(0), pl.program_id(2)
+    items = pl.program_id(1) * batch, batch
     base_blocks = weight.padded_rows // rows
     first = part * blocks.superblocks
     group = weight.group
@@ -52,75 +65,85 @@ def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, blocks: Blocks,
     on_sums = batch <= 16 or weight.super_scales is None
     per_plane = PLANE // group
 
-    def x_at(column, width):
-        return plgpu.load(ref["x"].at[:, pl.ds(column, width)]).T
-
     def unit_at(i):
         return plgpu.load(ref["unit"].at[:, first + i])
 
     def base():
-        row = pl.ds(block * rows, rows)
-        constant = block * rows // ROW_UNIT
-        codebook, factor = load_codebook(ref, at, constant, (rows, group))
-
-        scales_at = scales_loader(ref, at, weight, block, rows, asm=asm)
+        own = [pl.ds(block * rows + strip * shape[0], shape[0]) for strip in range(strips)]
+        codebook, factor = load_codebook(ref, at, block * rows // ROW_UNIT, (shape[0], group))
+        scales_at = [
+            scales_loader(ref, at, weight, block * strips + strip, shape[0], asm=asm)
+            for strip in range(strips)
+        ]
 
         def super_at(i):
             if weight.super_scales is None:
                 return None
-            return plgpu.load(ref["super_scales"].at[(*at, first + i, row)])
+            return [plgpu.load(ref["super_scales"].at[(*at, first + i, row)]) for row in own]
+
+        def level_of(words, plane):
+            if weight.companded:
+                return companded_plane(words, plane, codebook, asm=asm)
+            return linear_plane(words, plane, asm=asm)
 
         def superblock(i, carry):
-            total, supers = carry
+            totals, supers = carry
             b = first + i
             # A superblock ahead, so that its way from memory is spent on products.
             ahead = super_at(jnp.minimum(i + 1, blocks.superblocks - 1))
-            product = jnp.zeros((rows, batch), jnp.float32)
-            if on_sums:
-                small = scales_at(b)
+            sums = [jnp.zeros(shape, jnp.float32)] * strips
+            small = [load(b) for load in scales_at] if on_sums else None
             for q in range(per_plane):
-                words = plgpu.load(ref["words"].at[(*at, b, row, pl.ds(q * group, group))])
+                index = pl.ds(q * group, group)
+                words = [plgpu.load(ref["words"].at[(*at, b, row, index)]) for row in own]
                 for plane in range(4):
-                    if weight.companded:
-                        level = companded_plane(words, plane, codebook, asm=asm)
-                    else:
-                        level = linear_plane(words, plane, asm=asm)
                     place = (plane // 2) * 2 * per_plane + 2 * q + plane % 2
-                    x = x_at(b * SUPERBLOCK + plane * PLANE + q * group, group)
-                    if on_sums:
-                        # A product with a unit vector brings a scale to where the sums of its rows are.
-                        one = (lax.broadcasted_iota(jnp.int32, (16, batch), 0) == place).astype(jnp.float16)
-                        product = fma_f32(plgpu.dot(level, x), plgpu.dot(small, one), product, asm=asm)
-                    else:
-                        scale = plgpu.load(ref["scales"].at[(*at, b, row, jnp.int32(place))])
-                        product = product + plgpu.dot(level * small_to_f16(scale, asm=False)[:, None], x)
-            factors = jnp.broadcast_to(unit_at(i)[None, :], product.shape)
+                    x = load_columns(ref["x"], items, b, plane * PLANE + q * group, group)
+                    # A product with a unit vector brings a scale to where the sums of its rows are.
+                    one = (lax.broadcasted_iota(jnp.int32, (16, batch), 0) == place).astype(jnp.float16)
+                    for strip, row in enumerate(own):
+                        level = level_of(words[strip], plane)
+                        if small is not None:
+                            scale = plgpu.dot(small[strip], one)
+                            sums[strip] = fma_f32(plgpu.dot(level, x), scale, sums[strip], asm=asm)
+                        else:
+                            scale = plgpu.load(ref["scales"].at[(*at, b, row, jnp.int32(place))])
+                            scaled = level * small_to_f16(scale, asm=False)[:, None]
+                            sums[strip] = sums[strip] + plgpu.dot(scaled, x)
+            factors = [jnp.broadcast_to(unit_at(i)[None, :], shape)] * strips
             if supers is not None:
-                factors = factors * supers.astype(jnp.float32)[:, None]
-            return fma_f32(product, factors, total, asm=asm), ahead
+                factors = [
+                    unit * each.astype(jnp.float32)[:, None]
+                    for unit, each in zip(factors, supers, strict=True)
+                ]
+            each_strip = zip(sums, factors, totals, strict=True)
+            return [fma_f32(*each, asm=asm) for each in each_strip], ahead
 
-        start = jnp.zeros((rows, batch), jnp.float32), super_at(0)
-        total, _ = lax.fori_loop(0, blocks.superblocks, superblock, start)
-        return total * (
-            jnp.broadcast_to(factor, total.shape) if weight.companded else jnp.float32(1 / LINEAR_STEP)
-        )
+        start = [jnp.zeros(shape, jnp.float32)] * strips, super_at(0)
+        totals, _ = lax.fori_loop(0, blocks.superblocks, superblock, start)
+        to_levels = jnp.broadcast_to(factor, shape) if weight.companded else jnp.float32(1 / LINEAR_STEP)
+        return [total * to_levels for total in totals]
 
     def sidecar():
-        total = sidecar_products(
-            ref,
-            at,
-            lambda i, plane: x_at((first + i) * SUPERBLOCK + plane * PLANE, PLANE),
-            unit_at,
-            block=block - base_blocks,
-            first=first,
-            superblocks=blocks.superblocks,
-            shape=(rows, batch),
-            asm=asm,
+        totals = (
+            sidecar_products(
+                ref,
+                at,
+                lambda i, plane: load_columns(ref["x"], items, first + i, plane * PLANE, PLANE),
+                unit_at,
+                block=(block - base_blocks) * strips + strip,
+                first=first,
+                superblocks=blocks.superblocks,
+                shape=shape,
+                asm=asm,
+            )
+            for strip in range(strips)
         )
-        return total * (1 / UNITS[0])
+        return [total * (1 / UNITS[0]) for total in totals]
 
-    result = base() if weight.v is None else lax.cond(block < base_blocks, base, sidecar)
-    ref["out"][...] = result.T
+    results = base() if weight.v is None else lax.cond(block < base_blocks, base, sidecar)
+    for strip, result in enumerate(results):
+        plgpu.store(ref["out"].at[:, pl.ds(strip * shape[0], shape[0])], result.T)
 
 
 def partial_products(
@@ -142,12 +165,12 @@ def partial_products(
     """
     parts = weight.superblocks // blocks.superblocks
     v_blocks = 0 if weight.v is None else ceil_div(weight.v.shape[-2], blocks.rows)
-    m = x.values.shape[0]
+    m = x.unit.shape[0]
     grid = (weight.padded_rows // blocks.rows + v_blocks, m // blocks.batch, parts)
     fields = ("words", "scales", "constants", "super_scales", "v", "ranges")
     operands = {"x": x.values, "unit": x.unit, **weight_operands(weight, fields, layer)}
-    specs = [pl.BlockSpec((blocks.batch, each.shape[1]), lambda i, m, k: (m, 0)) for each in x]
-    specs += [pl.BlockSpec()] * (len(operands) - len(x))
+    unit = pl.BlockSpec((blocks.batch, x.unit.shape[1]), lambda i, m, k: (m, 0))
+    specs = [unit if name == "unit" else pl.BlockSpec() for name in operands]
     body = partial(
         _kernel,
         names=tuple(operands),

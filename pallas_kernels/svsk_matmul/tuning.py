@@ -132,7 +132,7 @@ def _longest_sum(weight: TritonWeight, programs: int, enough: int) -> int:
 
 def candidates(weight: TritonWeight, batch: int) -> list[Blocks]:
     """Configurations worth timing, the heuristic's first."""
-    cuts = {1: ((32, 2), (64, 2), (64, 4)), 8: ((32, 2), (64, 4)), 16: ((32, 2), (64, 4))}
+    cuts = {1: ((32, 2), (64, 2), (64, 4)), 8: ((32, 2), (64, 2)), 16: ((32, 2), (64, 2))}
     found = [heuristic(weight, batch)]
     sums = [count for count in range(1, LONGEST_SUM + 1) if weight.superblocks % count == 0]
     for rows, warps in cuts.get(batch, ((64, 2), (64, 4), (128, 4))):
