@@ -23,7 +23,7 @@ from pallas_kernels.decode_step.product import (
 from pallas_kernels.svsk_matmul.layout import ceil_div
 from pallas_kernels.svsk_matmul.triton_layout import PLANE
 from pallas_kernels.svsk_matmul.triton_operands import Refs, abstract
-from pallas_kernels.svsk_matmul.triton_prepare import Prepared, abstract_prepared, store_superblock
+from pallas_kernels.svsk_matmul.triton_prepare import RUN, Prepared, abstract_prepared, store_superblock
 
 NAME = "svsk_residual"
 WARPS, WARPS_OF_MANY = 8, 4
@@ -77,13 +77,14 @@ def why_no_exchange(m: int, d: int) -> str | None:
     return None if numbers <= LARGEST else f"{numbers} numbers are more than {LARGEST}"
 
 
-@partial(jax.jit, static_argnames=("rows", "interpret"))
+@partial(jax.jit, static_argnames=("rows", "run", "interpret"))
 def finish_residual(
     x: Float[Array, "m d"],
     product: Product | None,
     scale: Float[Array, "d"],
     *,
     rows: int | None = None,
+    run: int = RUN,
     boxes: Boxes | None = None,
     interpret: bool = False,
 ) -> tuple[Residual, Boxes | None]:
@@ -95,6 +96,7 @@ def finish_residual(
         product: y, or None for zero.
         scale: of the RMSNorm.
         rows: of `Residual.scaled`; default m. More are filled with zeros.
+        run: columns of it that lie together, as the kernel of the next product takes them.
         boxes: of this device, which holds one of the parts that make up y, or x where y is None; None: it
             holds all of it.
         interpret: run in interpret mode, which knows no assembly: without boxes.
@@ -114,7 +116,7 @@ def finish_residual(
     shapes = {
         "out": jax.ShapeDtypeStruct((m, d), jnp.float32),
         "squares": jax.ShapeDtypeStruct((m, superblocks), jnp.float32),
-        **abstract_prepared(rows, superblocks)._asdict(),
+        **abstract_prepared(rows, superblocks, run)._asdict(),
         **({"next": jax.ShapeDtypeStruct((1,), jnp.int32)} if boxes is not None else {}),
     }
     out, squares, values, unit, *turn = launch(

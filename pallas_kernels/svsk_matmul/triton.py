@@ -69,7 +69,7 @@ def matmul(
         y = jnp.matmul(flat, dense.T, preferred_element_type=x.dtype)
     elif int8:
         batch = max(8, batch_of(m))
-        prepared = triton_prepare.prepare(flat, batch=batch, interpret=interpret)
+        prepared = triton_prepare.prepare(flat, batch=batch, run=triton_int8.RUN, interpret=interpret)
         y = triton_int8.matmul(prepared, weight, x.dtype, batch=batch, interpret=interpret)[:m]
     else:
         chosen = configuration(weight, m) if blocks is None else blocks

@@ -27,6 +27,8 @@ from pallas_kernels.svsk_matmul.types import Int8Weight, Leaf
 
 NAME = "svsk_int8"
 ROWS, WARPS, STAGES = 32, 2, 2
+RUN = PLANE
+"""Columns of x that the kernel takes at a time, and that should lie together."""
 
 
 @jax.tree_util.register_dataclass

@@ -19,24 +19,23 @@ NAME = "svsk_prepare"
 WARPS = 2
 PLANES = SUPERBLOCK // PLANE
 RUN = 16
-"""Columns of x that lie together."""
-RUNS = SUPERBLOCK // RUN
+"""Columns of x that a product for several rows takes at a time, those of a group."""
 
 
 class Prepared(NamedTuple):
     """x as the kernels of a product read it, K padded to B superblocks of 256 columns with zeros."""
 
     values: Leaf
-    """f16 [16 B, m, 16], x / unit by runs of 16 columns: what a kernel takes at a time of several rows lies
-    together, and costs the cache as many look-ups as it has lines."""
+    """f16 [256 B / run, m, run], x / unit by runs of columns, as many as the kernel takes at a time: so what
+    it takes of several rows lies together, and costs the cache as many look-ups as it has lines."""
     unit: Leaf
     """f32 [m, B], powers of two that take the largest element of a superblock to 256 to 512."""
 
 
-def abstract_prepared(rows: int, superblocks: int) -> Prepared:
+def abstract_prepared(rows: int, superblocks: int, run: int = RUN) -> Prepared:
     """Shapes of a `Prepared` of some rows of x."""
     return Prepared(
-        jax.ShapeDtypeStruct((superblocks * RUNS, rows, RUN), jnp.float16),
+        jax.ShapeDtypeStruct((superblocks * SUPERBLOCK // run, rows, run), jnp.float16),
         jax.ShapeDtypeStruct((rows, superblocks), jnp.float32),
     )
 
@@ -51,20 +50,21 @@ def store_superblock(
     small = (x * (1 / unit)).astype(jnp.float16)
     plane = lax.broadcasted_iota(jnp.int32, x.shape, 0)
     lane = lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    run = superblock * RUNS + plane * (PLANE // RUN) + lax.div(lane, jnp.int32(RUN))
-    plgpu.store(values_ref.at[run, row, lax.rem(lane, jnp.int32(RUN))], small)
+    column = superblock * SUPERBLOCK + plane * PLANE + lane
+    run = jnp.int32(values_ref.shape[2])
+    plgpu.store(values_ref.at[lax.div(column, run), row, lax.rem(column, run)], small)
     plgpu.store(unit_ref.at[row, superblock], unit)
 
 
 def load_columns(
     values: Any, rows: tuple[jax.Array, int], superblock: jax.Array, column: int, width: int
 ) -> jax.Array:
-    """Within a kernel: columns of a superblock of a `Prepared`'s values, f16 [width, rows]; both `column` and
-    `width` are multiples of 16, and `rows` are the first and how many."""
-    first, count = rows
+    """Within a kernel: columns of a superblock of a `Prepared`'s values, f16 [width, rows]: whole runs, of so
+    many rows from the first on."""
+    (first, count), run = rows, values.shape[2]
     row, lane = (lax.broadcasted_iota(jnp.int32, (count, width), axis) for axis in range(2))
-    run = superblock * RUNS + column // RUN + lax.div(lane, jnp.int32(RUN))
-    return plgpu.load(values.at[run, first + row, lax.rem(lane, jnp.int32(RUN))]).T
+    index = superblock * (SUPERBLOCK // run) + column // run + lax.div(lane, jnp.int32(run))
+    return plgpu.load(values.at[index, first + row, lax.rem(lane, jnp.int32(run))]).T
 
 
 def _kernel(x_ref, values_ref, unit_ref, *, rows: int, columns: int):
@@ -76,12 +76,13 @@ def _kernel(x_ref, values_ref, unit_ref, *, rows: int, columns: int):
     store_superblock(values_ref, unit_ref, row, superblock, x.astype(jnp.float32))
 
 
-def prepare(x: Float[Array, "m k"], *, batch: int, interpret: bool = False) -> Prepared:
+def prepare(x: Float[Array, "m k"], *, batch: int, run: int = RUN, interpret: bool = False) -> Prepared:
     """x for a product, m padded to a multiple of `batch` with zeros.
 
     Args:
         x: bf16 or f16.
         batch: rows of x that a program of the product takes.
+        run: columns that it takes at a time.
         interpret: run in interpret mode.
     """
     m, k = x.shape
@@ -89,7 +90,7 @@ def prepare(x: Float[Array, "m k"], *, batch: int, interpret: bool = False) -> P
     values, unit = pl.pallas_call(
         partial(_kernel, rows=m, columns=k),
         grid=(rows, superblocks),
-        out_shape=list(abstract_prepared(rows, superblocks)),
+        out_shape=list(abstract_prepared(rows, superblocks, run)),
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
         interpret=interpret,
         name=NAME,

@@ -132,7 +132,9 @@ def fused_step(
         new_values.append(layer_values)
     rows = max(8, m)
     scale = model.final_norm.scale.get_value()
-    stream, boxes = finish_residual(x, pending, scale, rows=rows, boxes=boxes, interpret=interpret)
+    stream, boxes = finish_residual(
+        x, pending, scale, rows=rows, run=triton_int8.RUN, boxes=boxes, interpret=interpret
+    )
     logits = triton_int8.matmul(stream.scaled, head, jnp.float32, batch=batch_of(rows), interpret=interpret)
     rms = jnp.sqrt(jnp.sum(stream.squares, axis=-1, keepdims=True) / d + config.rms_norm_eps)
     own = logits[:m, : head.shape[0]] / rms
