@@ -251,6 +251,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", default=["Qwen3-8B", "Qwen3-4B", "Qwen3-0.6B"], choices=KNOWN)
+    parser.add_argument("--forms", nargs="+", default=[*FORMS, "bf16"], choices=[*FORMS, "bf16"])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", nargs=2, type=Path, metavar=("JSON", "SVG"))
     flags = parser.parse_args()
@@ -272,7 +273,7 @@ def main() -> None:
         "first token, ms": {},
     }
     for name in flags.models:
-        for form in (*FORMS, "bf16"):
+        for form in flags.forms:
             cases, prefill = measure(name, form, rate)
             document["cases"] += [dataclasses.asdict(case) for case in cases]
             document["first token, ms"][f"{name}, {form}"] = {n: 1e3 * s for n, s in prefill.items()}
