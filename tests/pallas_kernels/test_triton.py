@@ -118,6 +118,19 @@ def test_concrete_and_traced_layouts_are_equal():
     jax.tree.map(np.testing.assert_array_equal, lay_out(weights), jax.jit(lay_out)(weights))
 
 
+@pytest.mark.parametrize(("rows", "warps", "m"), [(64, 2, 16), (128, 4, 64)])
+def test_strips_of_a_program_are_programs_of_fewer_rows(rows, warps, m):
+    rng = np.random.default_rng(5)
+    weight = random_weight(rng, 256, 512, ranks=(3, 20), tile=(128, 0))
+    x = normal(rng, m, 512)
+    run = partial(matmul, x, lay_out(weight), interpret=True)
+    two, one = (
+        run(blocks=Blocks(rows=height, superblocks=1, warps=warps, batch=m)) for height in (rows, rows // 2)
+    )
+    assert error(two, exact(x, weight)) < TOLERANCE[x.dtype]
+    np.testing.assert_array_equal(two, one)
+
+
 @pytest.mark.parametrize("m", [1, 40])
 def test_several_weights_in_one_launch(m):
     rng = np.random.default_rng(2)
