@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
+from benchmarks.clock import median_seconds
 from benchmarks.scale.exchange import BOXES, OPTIONS, exchanges
-from benchmarks.scale.sizes import RandomSource, at_once, config_of, counts, machine, median_seconds, relative
+from benchmarks.scale.sizes import RandomSource, at_once, config_of, counts, machine, relative
 from pallas_kernels.decode_step import LOST, Boxes
 from pallas_kernels.device_time import Chain, call_times
 from svsk_jax.model import Decoder, fused_step

@@ -11,7 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.scale.sizes import counts, machine, median_seconds
+from benchmarks.clock import median_seconds
+from benchmarks.scale.sizes import counts, machine
 from pallas_kernels.decode_step import Boxes, Product, finish_residual
 from pallas_kernels.svsk_matmul import lay_out
 from pallas_kernels.svsk_matmul.synthetic import random_weight

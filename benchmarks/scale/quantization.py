@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from benchmarks.scale.sizes import RANK, at_once, config_of, counts, machine, median_seconds
+from benchmarks.clock import median_seconds
+from benchmarks.scale.sizes import RANK, at_once, config_of, counts, machine
 from pallas_kernels.svsk_matmul.devices import target_device
 from svsk_jax.model.parameters import layer_shapes
 from svsk_jax.parallel import make_mesh

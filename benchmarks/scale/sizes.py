@@ -1,8 +1,6 @@
 """Sizes that the parts share, and random layers of them."""
 
 import dataclasses
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -45,17 +43,6 @@ def counts(tiny: bool) -> list[int]:
 
 def machine() -> dict[str, Any]:
     return {"device": jax.devices()[0].device_kind, "devices": jax.device_count(), "jax": jax.__version__}
-
-
-def median_seconds(call: Callable[[], Any], repeats: int = 5, calls: int = 4) -> float:
-    """Of a call, among several one after another."""
-    jax.block_until_ready(call())
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready([call() for _ in range(calls)][-1])
-        times.append((time.perf_counter() - start) / calls)
-    return statistics.median(times)
 
 
 def at_once(calls: Sequence[Callable[[], T]], threads: int | None = None) -> list[T]:

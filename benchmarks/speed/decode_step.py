@@ -7,16 +7,13 @@
 the recipe's budget buys on average. `linear` has no codebook and no sidecar. `bf16` is the dense decoder by
 XLA, as many tokens in a dispatch. A step reads its weights once and the caches of all texts: `limit` is the
 share of its time in which a kernel that does nothing else would read as many bytes. Times are by the clock,
-of `CALLS` calls one after another, as in generating, where the host runs ahead; medians.
+of calls one after another (`benchmarks.clock`), as in generating, where the host runs ahead; medians.
 """
 
 import argparse
 import dataclasses
 import datetime
 import json
-import statistics
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks.clock import median_seconds
 from benchmarks.plots import new_figure, save_figure
 from benchmarks.speed.models import dense_parameters, packed_parameters
 from benchmarks.speed.read_floor import CHUNKS, read
@@ -41,9 +39,6 @@ FORMS: dict[str, dict[str, Any]] = {
 BATCHES = (1, 4, 16, 64)
 CONTEXTS = (1024, 8192)
 PROMPTS = (512, 2048)
-CALLS = 4
-"""That are timed together, the next one sent before the last one ends."""
-REPEATS = 5
 ROOM = 0.85
 """Of the device's memory: what needs more is left out."""
 
@@ -85,16 +80,6 @@ def cache_bytes(config: ModelConfig, batch: int, positions: int) -> int:
 
 def memory() -> int:
     return jax.devices()[0].memory_stats()["bytes_limit"]
-
-
-def median_seconds(call: Callable[[], Any]) -> float:
-    """Of a call, among several one after another."""
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        jax.block_until_ready([call() for _ in range(CALLS)][-1])
-        times.append((time.perf_counter() - start) / CALLS)
-    return statistics.median(times)
 
 
 def read_rate() -> float:
@@ -139,8 +124,7 @@ def step_seconds(model: Decoder, batch: int, context: int, *, fused: bool) -> fl
         return state._replace(lengths=start)
 
     run = jax.jit(burst, donate_argnums=1)
-    held = [run(leaves, state)]
-    jax.block_until_ready(held)
+    held = [state]
 
     def call() -> jax.Array:
         held[0] = run(leaves, held[0])
@@ -155,7 +139,6 @@ def prefill_seconds(model: Decoder, tokens: int) -> float:
     run = jax.jit(partial(steps.prefill, structure, steps.slots_for(tokens)))
     prompt = jax.random.randint(jax.random.key(1), (1, tokens), 0, model.config.vocab_size)
     arguments = (leaves, prompt, jnp.int32(tokens), jax.random.key(0), SamplingConfig().numbers)
-    jax.block_until_ready(run(*arguments))
     return median_seconds(lambda: run(*arguments))
 
 
