@@ -1,6 +1,6 @@
 """Tokens per second of the decode step on a GPU, for models of random values in batches and contexts.
 
-    python -m benchmarks.speed.decode_step [--models Qwen3-8B] [--json results.json]
+    python -m benchmarks.speed.decode_step [--models Qwen3-8B] [--forms svsk-r16 bf16] [--json results.json]
     python -m benchmarks.speed.decode_step --plot results.json plot.svg
 
 `svsk-r16` has groups of 16 and sidecars of rank 9 in tiles of 512 rows, 4.6 bits per weight as stored: what
@@ -88,8 +88,7 @@ def read_rate() -> float:
     rates = []
     for chunk in CHUNKS:
         reading = jax.jit(partial(read, chunk=chunk))
-        jax.block_until_ready(reading(words))
-        rates.append(words.nbytes / median_seconds(lambda reading=reading: reading(words)))
+        rates.append(words.nbytes / median_seconds(partial(reading, words)))
     return max(rates)
 
 

@@ -99,12 +99,12 @@ def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, blocks: Blocks,
                 for plane in range(4):
                     place = (plane // 2) * 2 * per_plane + 2 * q + plane % 2
                     x = load_columns(ref["x"], items, b, plane * PLANE + q * group, group)
-                    # A product with a unit vector brings a scale to where the sums of its rows are.
-                    one = (lax.broadcasted_iota(jnp.int32, (16, batch), 0) == place).astype(jnp.float16)
                     for strip, row in enumerate(own):
                         level = level_of(words[strip], plane)
                         if small is not None:
-                            scale = plgpu.dot(small[strip], one)
+                            # A product with a unit vector brings a scale to where its row's sums are.
+                            one = lax.broadcasted_iota(jnp.int32, (16, batch), 0) == place
+                            scale = plgpu.dot(small[strip], one.astype(jnp.float16))
                             sums[strip] = fma_f32(plgpu.dot(level, x), scale, sums[strip], asm=asm)
                         else:
                             scale = plgpu.load(ref["scales"].at[(*at, b, row, jnp.int32(place))])
