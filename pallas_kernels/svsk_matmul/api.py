@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.svsk_matmul import reference, transposed, triton, triton_int8, triton_reference
+from pallas_kernels.svsk_matmul import reference, transposed, triton, triton_reference
 from pallas_kernels.svsk_matmul.devices import target_device
 from pallas_kernels.svsk_matmul.transposed import TransposedInt8Weight, TransposedWeight
 from pallas_kernels.svsk_matmul.triton_int8 import TritonInt8Weight, lay_out_int8
@@ -148,12 +148,17 @@ def svsk_matmul(
     return IMPLEMENTATIONS[implementation](x, weight, layer)
 
 
-def take_rows(
-    weight: Int8Weight | TritonInt8Weight | TransposedInt8Weight, rows: Int[Array, "*b"], dtype: DTypeLike
-) -> Float[Array, "*b k"]:
-    """Rows of Ŵ by index (an embedding look-up), in `dtype`."""
-    if isinstance(weight, TritonInt8Weight):
-        return triton_int8.take_rows(weight, rows, dtype)
-    if isinstance(weight, TransposedInt8Weight):
+def take_rows(weight: Weight, rows: Int[Array, "*b"], dtype: DTypeLike) -> Float[Array, "*b k"]:
+    """Rows of Ŵ by index (an embedding look-up), in `dtype`; of one weight in any form.
+
+    Raises:
+        ValueError: it has a sidecar.
+    """
+    sidecar = weight.sidecar if isinstance(weight, SVSKWeight) else getattr(weight, "v", None)
+    if sidecar is not None:
+        raise ValueError("take_rows: a matrix that is looked up by rows has no sidecar")
+    if isinstance(weight, ForTriton):
+        return triton_reference.take_rows(weight, rows, dtype)
+    if isinstance(weight, Transposed):
         return transposed.take_rows(weight, rows, dtype)
     return reference.take_rows(weight, rows, dtype)

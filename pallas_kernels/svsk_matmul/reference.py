@@ -1,5 +1,6 @@
 """The XLA implementation: the definition of the answer, and what runs where no kernel does."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -115,10 +116,14 @@ def dequantize(weight: PackedWeight, dtype: DTypeLike = jnp.float32) -> Float[Ar
     return dense.astype(dtype)
 
 
-def take_rows(weight: Int8Weight, rows: Int[Array, "*b"], dtype: DTypeLike) -> Float[Array, "*b k"]:
-    """Rows of Ŵ by index (an embedding look-up), in `dtype`."""
-    scales = expand_groups(weight.scales[rows].astype(jnp.float32), INT8_GROUP, weight.shape[1])
-    return (weight.values[rows].astype(jnp.float32) * scales).astype(dtype)
+def take_rows(weight: PackedWeight, rows: Int[Array, "*b"], dtype: DTypeLike) -> Float[Array, "*b k"]:
+    """Rows of Ŵ by index (an embedding look-up), in `dtype`; of a weight without a sidecar."""
+    flat = rows.reshape(-1)
+    names = ("values", "scales") if isinstance(weight, Int8Weight) else ("codes", "scales", "super_scales")
+    fields = {name: getattr(weight, name) for name in names}
+    taken = {name: leaf if leaf is None else leaf[flat] for name, leaf in fields.items()}
+    found = dataclasses.replace(weight, shape=(len(flat), weight.shape[1]), **taken)
+    return dequantize(found, dtype).reshape(*rows.shape, -1)
 
 
 def matmul(x: Float[Array, "*b k"], weight: PackedWeight) -> Float[Array, "*b n"]:

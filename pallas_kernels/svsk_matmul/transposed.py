@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from pallas_kernels.svsk_matmul.layout import SUPER_GROUP, ceil_div, pad_axis, unpack_codes, unpack_int6
 from pallas_kernels.svsk_matmul.reference import stored_tiles
@@ -108,11 +108,20 @@ def _tiles(sidecar: Sidecar) -> tuple[Leaf, Leaf, Leaf]:
     return u, v, scale.astype(jnp.float32) * SIDECAR_UNIT
 
 
-def take_rows(weight: TransposedInt8Weight, rows: Int[Array, "*b"], dtype: DTypeLike) -> Float[Array, "*b k"]:
-    """Rows of Ŵ by index (an embedding look-up), in `dtype`."""
-    found = weight.values[:, :, rows].astype(jnp.float32) * weight.scales[:, None, rows]
-    found = jnp.moveaxis(found.reshape(-1, *rows.shape), 0, -1)
-    return found[..., : weight.shape[1]].astype(dtype)
+def take_rows(
+    weight: TransposedWeight | TransposedInt8Weight, rows: Int[Array, "*b"], dtype: DTypeLike
+) -> Float[Array, "*b k"]:
+    """Rows of Ŵ by index (an embedding look-up), in `dtype`; of a weight without a sidecar."""
+    flat = rows.reshape(-1)
+    if isinstance(weight, TransposedInt8Weight):
+        found = weight.values[..., flat].astype(jnp.float32) * weight.scales[:, None, flat]
+    else:
+        scales = weight.scales[..., flat].astype(jnp.float32)
+        if weight.super_scales is not None:
+            scales *= weight.super_scales[:, None, flat]
+        found = _levels(weight.codes[..., flat], weight.coefficients) * scales[:, :, None, None]
+    found = found.reshape(-1, len(flat)).T[:, : weight.shape[1]]
+    return found.reshape(*rows.shape, -1).astype(dtype)
 
 
 def matmul(x: Float[Array, "*b k"], weight: TransposedWeight | TransposedInt8Weight) -> Float[Array, "*b n"]:
@@ -151,8 +160,8 @@ def _base(x: Float[Array, "m k"], weight: TransposedWeight) -> Float[Array, "m n
             return y + total * (scale.astype(jnp.float32) * supers), None
 
         def dense() -> jax.Array:
-            both = jnp.stack([level(codes & 15), level(codes >> 4)], axis=2)
-            scaled = both * (scales.astype(jnp.float32) * supers)[:, None, None, :]
+            by_group = (scales.astype(jnp.float32) * supers)[:, None, None, :]
+            scaled = _levels(codes, weight.coefficients) * by_group
             return jnp.matmul(columns, scaled.reshape(SUPER_GROUP, n))
 
         if m > 1:
@@ -184,6 +193,14 @@ def _int8(x: Float[Array, "m k"], weight: TransposedInt8Weight) -> Float[Array, 
     start = jnp.zeros((m, n) if m > 1 else n, jnp.float32)
     y, _ = lax.scan(one_group, start, (weight.values, weight.scales, blocks))
     return y.reshape(m, n)
+
+
+def _levels(
+    codes: UInt8[Array, "*lead pairs n"], coefficients: jax.Array | None
+) -> Float[Array, "*lead pairs 2 n"]:
+    """Of the codes of columns 2j and 2j + 1."""
+    level = _level(coefficients)
+    return jnp.stack([level(codes & 15), level(codes >> 4)], axis=-2)
 
 
 def _level(coefficients: jax.Array | None) -> Callable[[jax.Array], jax.Array]:

@@ -7,11 +7,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.svsk_matmul import (
-    Int8Weight,
     LaidOutWeight,
     PackedWeight,
-    TransposedInt8Weight,
-    TritonInt8Weight,
     dequantize,
     svsk_matmul,
     take_rows,
@@ -87,16 +84,12 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Rows of a [vocabulary, hidden] matrix, dense or int8.
+    """Rows of a [vocabulary, hidden] matrix, dense or packed without a sidecar.
 
     With `axis`, the devices along that axis of a mesh hold equal parts of the rows, in order.
     """
 
-    def __init__(
-        self,
-        weight: jax.Array | Int8Weight | TritonInt8Weight | TransposedInt8Weight,
-        axis: str | None = None,
-    ):
+    def __init__(self, weight: Weight, axis: str | None = None):
         self.weight = nnx.Param(weight)
         self.axis = axis
 
@@ -118,6 +111,6 @@ class Embedding(nnx.Module):
         weight = self.weight.get_value()
         return (
             take_rows(weight, rows, dtype)
-            if isinstance(weight, Int8Weight | TritonInt8Weight | TransposedInt8Weight)
+            if isinstance(weight, PackedWeight | LaidOutWeight)
             else weight[rows].astype(dtype)
         )
