@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from svsk_jax.calibration.stored_arrays import AGAIN
 from svsk_jax.model.config import ModelConfig
-from svsk_jax.model.parameters import input_widths, layer_linears
+from svsk_jax.model.parameters import HEAD_INPUT, input_widths, layer_linears
 from svsk_jax.quant.half_moment import half_size
 from svsk_jax.quant.types import SENSITIVITY_TILE
 
@@ -22,6 +22,15 @@ def moment_forms(config: ModelConfig, index: int, full: bool) -> dict[str, Form]
     widths = input_widths(config, index)
     totals = {name: ("F32", (half_size(width) if full else width,)) for name, width in widths.items()}
     return totals | {f"{name}.tokens": ("I32", (1,)) for name in widths}
+
+
+def head_forms(config: ModelConfig, full: bool) -> dict[str, Form]:
+    """What the file of the head's moment holds."""
+    width = config.hidden_size
+    return {
+        HEAD_INPUT: ("F32", (half_size(width) if full else width,)),
+        f"{HEAD_INPUT}.tokens": ("I32", (1,)),
+    }
 
 
 def sensitivity_forms(config: ModelConfig, index: int, prefix: str) -> dict[str, Form]:

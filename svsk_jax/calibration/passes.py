@@ -27,6 +27,7 @@ from svsk_jax.calibration.statistics import (
     StoredMoments,
     add_up,
     embed_batches,
+    head_moments,
     layer_moments,
     masks,
     no_moments,
@@ -34,6 +35,7 @@ from svsk_jax.calibration.statistics import (
 )
 from svsk_jax.calibration.streams import Streams
 from svsk_jax.model.decoder import DecoderLayer, Tail
+from svsk_jax.model.norm import RMSNorm
 from svsk_jax.model.source import ModelSource
 from svsk_jax.parallel import make_mesh, sharding
 from svsk_jax.parallel.placement import from_local_rows, local_rows, one_copy, put
@@ -67,6 +69,8 @@ class Walk:
         self.source, self.dtype = source, dtype
         self.mesh = make_mesh() if mesh is None else mesh
         embedding = np.asarray(outer["embedding.weight"]).astype(jnp.dtype(dtype), copy=False)
+        norm = RMSNorm(jnp.asarray(outer["final_norm.scale"]), source.config.rms_norm_eps)
+        self._final_norm = put(norm, sharding(self.mesh))
         self._place = sharding(self.mesh, "chunks")
         self.streams = Streams("streams", self._place, store)
         self.masks = []
@@ -154,6 +158,21 @@ class Walk:
                 self.streams.put(batch, y)
             assert sums is not None
             yield index, sums
+
+    def head(self, full: bool) -> StoredMoments:
+        """The moment of what the head reads of `streams`, which are those after the last layer and stay; as
+        of `to_store`.
+
+        Args:
+            full: the whole second moment rather than its diagonal.
+        """
+        sums = None
+        for batch, mask in enumerate(self.masks):
+            x = self.streams.take(batch)
+            sums = head_moments(self._final_norm, x, mask, sums, self.mesh, full)
+            self.streams.put(batch, x)
+        assert sums is not None
+        return to_store(add_up(sums, self.mesh, full), full)
 
     def start_backwards(self, seed: int) -> None:
         """Make `gradients` after the last layer of `streams`, which are used up.

@@ -21,9 +21,10 @@ from svsk_jax.calibration.sensitivity import (
     no_blocks,
     weighted_moments,
 )
-from svsk_jax.calibration.statistics import layer_moments, no_moments, partial_sums
+from svsk_jax.calibration.statistics import head_moments, layer_moments, no_moments, partial_sums
 from svsk_jax.model.config import ModelConfig
 from svsk_jax.model.decoder import DecoderLayer, Tail
+from svsk_jax.model.norm import RMSNorm
 from svsk_jax.model.parameters import layer_kinds, layer_shapes, outer_shapes
 from svsk_jax.parallel import sharding
 from svsk_jax.quant.programs import Program
@@ -59,6 +60,13 @@ def of_walk(
             _placed(jax.eval_shape(partial(no_moments, mesh=mesh, full=full), layer, x, mask), sums_place)
         )
         yield Program(layer_moments, (layer, x, mask, moments[-1], mesh, full))
+    norm = _placed(
+        jax.eval_shape(lambda: RMSNorm(jnp.zeros(model.hidden_size, dtype), model.rms_norm_eps)), whole
+    )
+    first = (norm, x, mask, None)
+    yield Program(head_moments, (*first, mesh, full))
+    sums = _placed(jax.eval_shape(partial(head_moments, mesh=mesh, full=full), *first), sums_place)
+    yield Program(head_moments, (norm, x, mask, sums, mesh, full))
     if not sensitive:
         return
     for layer, sums in zip(layers, moments, strict=True):

@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Float32
 
 from svsk_jax.calibration.experts import INPUTS, PLACES, Routed
 from svsk_jax.model.decoder import DecoderLayer
-from svsk_jax.model.parameters import LINEAR_INPUTS
+from svsk_jax.model.norm import RMSNorm
+from svsk_jax.model.parameters import HEAD_INPUT, LINEAR_INPUTS
 from svsk_jax.parallel import MODEL, sharding
 from svsk_jax.parallel.distributed import is_lead
 from svsk_jax.parallel.placement import put, readable
@@ -148,6 +149,38 @@ def layer_moments(
     """
     y, found = _measured(layer, x, mask, mesh, full)
     return y, jax.tree.map(jnp.add, sums, found)
+
+
+@partial(jax.jit, static_argnames=("mesh", "full"), donate_argnames="sums")
+def head_moments(
+    norm: RMSNorm,
+    x: Float[Array, "b t d"],
+    mask: Float32[Array, "b"],
+    sums: MomentSums | None,
+    mesh: Mesh,
+    full: bool,
+) -> MomentSums:
+    """What earlier batches gave, first None, and what the head reads of a batch; arguments as of
+    `layer_moments`.
+
+    Args:
+        norm: the final one.
+        x: residual stream after the last layer.
+    """
+
+    def local(norm, x, mask):
+        weights = jnp.broadcast_to(mask[:, None], x.shape[:2])
+        return {HEAD_INPUT: device_moment(norm(x), weights, full, mesh.shape[MODEL], is_mask=True)}
+
+    whole, chunks = sharding(mesh).spec, sharding(mesh, "chunks").spec
+    found = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(whole, chunks, chunks),
+        out_specs=partial_sums(mesh).spec,
+        check_vma=False,
+    )(norm, x, mask)
+    return found if sums is None else jax.tree.map(jnp.add, sums, found)
 
 
 @partial(jax.jit, static_argnames=("mesh", "full"))

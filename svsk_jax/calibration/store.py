@@ -1,5 +1,5 @@
-"""Statistics on disk: two safetensors files per decoder layer, the tokens and a calibration.json, reusable
-across recipes."""
+"""Statistics on disk: two safetensors files per decoder layer, one for the head, the tokens and a
+calibration.json, reusable across recipes."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,20 +10,28 @@ import jax
 import numpy as np
 
 from svsk_jax.calibration.experts import Starved
-from svsk_jax.calibration.forms import check_file, check_tokens, moment_forms, sensitivity_forms
+from svsk_jax.calibration.forms import (
+    check_file,
+    check_tokens,
+    head_forms,
+    moment_forms,
+    sensitivity_forms,
+)
 from svsk_jax.calibration.mixture import Chunks
 from svsk_jax.calibration.sensitivity import Sensitivities
 from svsk_jax.calibration.statistics import StoredMoments
 from svsk_jax.calibration.stored_arrays import AGAIN, StoredArrays, write_arrays
 from svsk_jax.json_data import read_json_object
 from svsk_jax.model.config import ModelConfig
+from svsk_jax.model.parameters import HEAD_INPUT
 from svsk_jax.quant.half_moment import HalfMoment, StoredMoment, as_stored, diagonal_places
 from svsk_jax.quant.types import OutputSensitivity
 from svsk_jax.storage.atomic import write_json
 
 MANIFEST = "calibration.json"
 TOKENS = "tokens.safetensors"
-FORMAT = 5
+HEAD = "head.safetensors"
+FORMAT = 6
 WEIGHTED = "weighted."
 T = TypeVar("T")
 
@@ -74,6 +82,16 @@ def write_moments(folder: Path, index: int, moments: StoredMoments, starved: Sta
         ValueError: an activation that overflowed, by name: nothing can be made of its moment.
     """
     moments = jax.device_get(moments)
+    write_arrays(_moments_file(folder, index), _finite(moments, f"layers.{index}."), starved=starved or {})
+
+
+def write_head(folder: Path, moments: StoredMoments) -> None:
+    """Store the moment of what the head reads, likewise."""
+    write_arrays(folder / HEAD, _finite(jax.device_get(moments), ""))
+
+
+def _finite(moments: StoredMoments, prefix: str) -> dict[str, np.ndarray]:
+    """The arrays of moments; ValueError, with their name behind a prefix, where one is not finite."""
     arrays = _plain_moments(moments)
     for name, moment in moments.items():
         # A sum of squares: where an entry of the matrix is not finite, its diagonal isn't either.
@@ -83,10 +101,10 @@ def write_moments(folder: Path, index: int, moments: StoredMoments, starved: Sta
         broken = int(np.count_nonzero(~np.isfinite(squares)))
         if broken:
             raise ValueError(
-                f"layers.{index}.{name}: {broken} of {len(squares)} channels are NaN or Inf on the "
+                f"{prefix}{name}: {broken} of {len(squares)} channels are NaN or Inf on the "
                 "calibration text; check that the model runs unquantized in this dtype"
             )
-    write_arrays(_moments_file(folder, index), arrays, starved=starved or {})
+    return arrays
 
 
 def write_sensitivities(
@@ -208,6 +226,7 @@ class Statistics:
             check_file(_moments_file(self.folder, index), moment_forms(config, index, self.has_full_moments))
             if self.has_sensitivity:
                 check_file(_sensitivity_file(self.folder, index), sensitivity_forms(config, index, WEIGHTED))
+        check_file(self.folder / HEAD, head_forms(config, self.has_full_moments))
         check_tokens(StoredArrays(self.folder / TOKENS).get("ids"), config, self.folder / TOKENS)
 
     @property
@@ -227,6 +246,10 @@ class Statistics:
     def layer(self, index: int) -> Mapping[str, StoredMoment]:
         """Moments of one layer as they are stored, each read when it is asked for."""
         return _MomentsOfFile(StoredArrays(_moments_file(self.folder, index)), self.has_full_moments)
+
+    def head(self) -> StoredMoment:
+        """Moment of what the head reads, as it is stored."""
+        return _MomentsOfFile(StoredArrays(self.folder / HEAD), self.has_full_moments)[HEAD_INPUT]
 
     def sensitivities(self, index: int) -> tuple[Mapping[str, OutputSensitivity], Mapping[str, StoredMoment]]:
         """Output sensitivities and weighted moments of one layer, each read when it is asked for; empty

@@ -23,8 +23,9 @@ class RecipeFlags:
     polish: int | None = None
     """Steps of polishing instead of the recipe's: the continuous numbers of the quantized model are trained
     to predict like the original, at the same bytes. svsk recipes only; meant for a GPU."""
-    embedding: Literal["int8", "bfloat16"] = "int8"
-    """How embedding and head are stored."""
+    embedding: Literal["int8", "q4", "bfloat16"] = "int8"
+    """How embedding and head are stored: int8 (8.25 bits/weight), q4 (4.44, as the linears without their
+    sidecars; svsk recipes only) or bfloat16."""
 
     def chosen(self) -> tuple[str, QuantConfig | Plan]:
         """The recipe's name with what was changed of it, and its configuration or plan."""

@@ -21,6 +21,7 @@ from pallas_kernels.decode_step import (
     why_no_exchange,
 )
 from pallas_kernels.svsk_matmul import TritonInt8Weight, TritonWeight, triton_int8, why_no_triton
+from pallas_kernels.svsk_matmul.triton_prepare import Prepared
 from pallas_kernels.svsk_matmul.tuning import batch_of
 from svsk_jax.model.decoder import MLP, Decoder, DecoderLayer
 from svsk_jax.model.linear import Linear, join_over, sum_over
@@ -50,8 +51,11 @@ def why_not_fused(model: Decoder, *, interpret: bool = False) -> str | None:
         for name, linear in _linears(layer).items():
             if linear is None or not isinstance(linear.weight.get_value(), TritonWeight):
                 return f"{name} is not laid out for the kernels as one"
-    if not isinstance(_head(model), TritonInt8Weight):
-        return "the head is not int8"
+    head = _head(model)
+    if not isinstance(head, TritonWeight | TritonInt8Weight):
+        return "the head is not laid out for the kernels"
+    if isinstance(head, TritonWeight) and head.v is not None:
+        return "the head has a sidecar"
     return None
 
 
@@ -130,14 +134,11 @@ def fused_step(
         x = stream.x
         new_keys.append(layer_keys)
         new_values.append(layer_values)
-    rows = max(8, m)
+    rows = {"rows": max(8, m), "run": triton_int8.RUN} if isinstance(head, TritonInt8Weight) else {}
     scale = model.final_norm.scale.get_value()
-    stream, boxes = finish_residual(
-        x, pending, scale, rows=rows, run=triton_int8.RUN, boxes=boxes, interpret=interpret
-    )
-    logits = triton_int8.matmul(stream.scaled, head, jnp.float32, batch=batch_of(rows), interpret=interpret)
+    stream, boxes = finish_residual(x, pending, scale, **rows, boxes=boxes, interpret=interpret)
     rms = jnp.sqrt(jnp.sum(stream.squares, axis=-1, keepdims=True) / d + config.rms_norm_eps)
-    own = logits[:m, : head.shape[0]] / rms
+    own = _logits(stream.scaled, head, interpret=interpret)[:m, : head.shape[0]] / rms
     if greedy:
         found = likeliest_of(own, config.vocab_size, model.axis, boxes, interpret=interpret)
     else:
@@ -197,6 +198,14 @@ def _over_devices(found: Product, axis: str | None) -> Product:
     if parts.nbytes > SMALL_SUM:
         parts = jnp.sum(parts, axis=0, keepdims=True)
     return dataclasses.replace(found, parts=sum_over(parts, axis))
+
+
+def _logits(x: Prepared, head: TritonWeight | TritonInt8Weight, *, interpret: bool) -> Float[Array, "m v"]:
+    """x Ŵᵀ, f32, for the head's padded rows."""
+    if isinstance(head, TritonInt8Weight):
+        batch = batch_of(x.unit.shape[0])
+        return triton_int8.matmul(x, head, jnp.float32, batch=batch, interpret=interpret)
+    return jnp.sum(product(x, head, interpret=interpret).parts, axis=0)
 
 
 class _Layer:

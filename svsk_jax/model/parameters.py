@@ -46,6 +46,9 @@ LINEAR_INPUTS: dict[str, str] = {
 """Which activation each linear of a layer with a dense MLP reads; linears that share one share its
 statistics."""
 
+HEAD_INPUT = "head.input"
+"""The activation that the head reads, by full path."""
+
 EXPERTS = "mlp.experts"
 """Where the experts are in a layer; the pooled statistics of all of them go by this name."""
 EXPERT_INPUTS = {"gate": "input", "up": "input", "down": "hidden"}

@@ -246,7 +246,10 @@ def streams_bytes(model: ModelConfig, calibration: CalibrationConfig, dtype: DTy
 
 def statistics_bytes(model: ModelConfig, calibration: CalibrationConfig) -> int:
     """Bytes that the statistics of a model take on disk."""
-    return sum(count * _layer_bytes(model, index, calibration) for index, count in layer_kinds(model).items())
+    width = model.hidden_size
+    head = 4 * (half_size(width) if calibration.moments == "full" else width)
+    layers = layer_kinds(model).items()
+    return head + sum(count * _layer_bytes(model, index, calibration) for index, count in layers)
 
 
 def _layer_bytes(model: ModelConfig, index: int, calibration: CalibrationConfig) -> int:

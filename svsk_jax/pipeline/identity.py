@@ -21,7 +21,7 @@ from svsk_jax.pipeline.plan import Plan
 from svsk_jax.quant.types import QuantConfig
 from svsk_jax.storage.arrays import sha256
 
-FORMAT = 3
+FORMAT = 4
 """Of unfinished runs: their files and what is in them."""
 
 

@@ -91,6 +91,10 @@ class Measuring:
             self._write(store.write_moments, index, moments, few)
             self._save(Place("streams", index + 1), self._walk.streams)
             self._report("calibrate", index + 1)
+        if not self._goes_back:
+            whole = readable(self._walk.head(self._full))
+            if is_lead():
+                self._writer.submit(store.write_head, self._run.made, whole)
         self._writer.finish()
         self._watch.lap("calibrate")
 

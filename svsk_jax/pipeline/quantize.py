@@ -7,12 +7,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from pallas_kernels.svsk_matmul import Int8Weight
 from svsk_jax.calibration.config import CalibrationConfig
 from svsk_jax.calibration.store import Statistics
 from svsk_jax.model.parameters import linear_inputs, parameter_shapes, quantized_paths
@@ -22,7 +19,6 @@ from svsk_jax.parallel.groups import DeviceGroups
 from svsk_jax.pipeline.allocator import give_back_freed_arrays
 from svsk_jax.pipeline.calibrate import calibrate
 from svsk_jax.pipeline.checks import (
-    check_weight,
     default_dtype,
     files_bytes,
     refuse_packed,
@@ -35,21 +31,18 @@ from svsk_jax.pipeline.layer_statistics import statistics_ahead
 from svsk_jax.pipeline.layers import LayerTotals, named, nbytes, on_first_device, quantize_layers
 from svsk_jax.pipeline.memory import Machine, plan_quantization, plan_run
 from svsk_jax.pipeline.metadata import origin
+from svsk_jax.pipeline.outer import store_outer
 from svsk_jax.pipeline.plan import Plan, drafted, is_measured, layers_ahead, plan_model
 from svsk_jax.pipeline.polish import polish
 from svsk_jax.pipeline.progress import OnProgress, Progress, Stopwatch, geometric_mean
 from svsk_jax.pipeline.quantize_layer import layer_errors, quantize_layer
 from svsk_jax.pipeline.run import Run, discard, run_folder, unfinished_run
 from svsk_jax.quant.budget import Budget, predict
-from svsk_jax.quant.int8 import quantize_int8
 from svsk_jax.quant.row_parts import Devices
 from svsk_jax.quant.types import QuantConfig
 from svsk_jax.storage.atomic import recover
 from svsk_jax.storage.checkpoint import ModelWriter, SavedModel, StoredLayer, is_saved_model
 from svsk_jax.storage.lock import locked
-
-EMBEDDING_SLAB = 16384
-"""Rows of an embedding that are quantized at once."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,8 +164,7 @@ def quantize(
                 outer = source.outer(dtype)
                 refuse_packed(source, outer)
                 watch.lap("load")
-                # In the host's memory: nothing looks at them until all layers are done.
-                stored_outer = jax.device_get(_store_outer(outer, settings)) if is_lead() else {}
+                stored_outer = store_outer(outer, source.config, settings, statistics) if is_lead() else {}
                 del outer
                 watch.lap("quantize")
             if isinstance(config, Plan):
@@ -356,26 +348,3 @@ def within(config: QuantConfig, statistics: Statistics) -> QuantConfig:
         )
         return config.without_sensitivity()
     return config
-
-
-def quantize_embedding(W: Any) -> Int8Weight:
-    """int8 form of an embedding or head [vocabulary, hidden], a slab of rows at a time to bound memory."""
-    slabs = [
-        quantize_int8(jax.device_put(W[start : start + EMBEDDING_SLAB]))
-        for start in range(0, len(W), EMBEDDING_SLAB)
-    ]
-    return Int8Weight(
-        values=jnp.concatenate([slab.values for slab in slabs]),
-        scales=jnp.concatenate([slab.scales for slab in slabs]),
-        shape=(W.shape[0], W.shape[1]),
-    )
-
-
-def _store_outer(outer: dict[str, Any], config: QuantConfig) -> dict[str, Any]:
-    def form(path: str, value: Any) -> Any:
-        if value.ndim == 1:
-            return jnp.asarray(value, jnp.float32)
-        check_weight(value, path)
-        return quantize_embedding(value) if config.embedding == "int8" else jnp.asarray(value, jnp.bfloat16)
-
-    return {path: form(path, value) for path, value in outer.items()}

@@ -24,7 +24,7 @@ from svsk_jax.model.parameters import (
 )
 from svsk_jax.pipeline.plan import Plan, fixed_plans, linear_shapes
 from svsk_jax.quant.budget import Budget, base_bytes, planned_bytes, predict, sidecar_bytes
-from svsk_jax.quant.types import MAX_RANK, QuantConfig, TensorPlan
+from svsk_jax.quant.types import EMBEDDING_GROUP, MAX_RANK, QuantConfig, TensorPlan
 from svsk_jax.storage.packing import abstract
 
 LAYOUTS: dict[str, tuple[Callable[[Any], Any], DTypeLike]] = {
@@ -110,6 +110,14 @@ def _abstract_weight(shape: tuple[int, ...], plan: TensorPlan, config: QuantConf
     )
 
 
+def _abstract_embedding(shape: tuple[int, ...], config: QuantConfig) -> Any:
+    form: dict[str, Any] = {"kind": "int8"}
+    if config.embedding == "q4":
+        form = {"kind": "svsk", "group": EMBEDDING_GROUP, "sidecar": None}
+        form |= {"scales": config.scales, "codebook": config.codebook}
+    return abstract({**form, "shape": shape})
+
+
 def _stack_experts(layer: dict[str, Any]) -> None:
     """What `stack_experts` makes of a layer, without values."""
     for name in EXPERT_LINEARS:
@@ -144,8 +152,8 @@ def _in_memory(
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
     outer: dict[str, Any] = {
-        path: abstract({"kind": "int8", "shape": shape})
-        if len(shape) == 2 and config.embedding == "int8"
+        path: _abstract_embedding(shape, config)
+        if len(shape) == 2 and config.embedding != "bfloat16"
         else dense(shape)
         for path, shape in outer_shapes(model).items()
     }

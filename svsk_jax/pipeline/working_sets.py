@@ -71,6 +71,13 @@ def layer_weights(model: ModelConfig) -> int:
     return max(sum(n * k for n, k in layer_linears(model, index).values()) for index in layer_kinds(model))
 
 
+def slab_rows(model: ModelConfig) -> int:
+    """Rows of embedding or head that are rounded at a time: with them they have no more weights than the
+    largest linear."""
+    largest = max(n * k for index in layer_kinds(model) for n, k in layer_linears(model, index).values())
+    return max(1, largest // model.hidden_size)
+
+
 def tail_weights(model: ModelConfig) -> int:
     """Numbers in final norm and head."""
     return model.hidden_size * (model.vocab_size + 1)

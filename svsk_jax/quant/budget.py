@@ -8,7 +8,7 @@ import numpy as np
 
 from pallas_kernels.svsk_matmul.layout import SUPER_GROUP, ceil_div, packed_int6_bytes, tile_spans
 from pallas_kernels.svsk_matmul.types import INT8_GROUP, Codebook, ScaleKind
-from svsk_jax.quant.types import QuantConfig, TensorPlan
+from svsk_jax.quant.types import EMBEDDING_GROUP, QuantConfig, TensorPlan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +74,8 @@ def linear_bytes(shape: tuple[int, int], config: QuantConfig) -> int:
 def embedding_bytes(shape: tuple[int, int], config: QuantConfig) -> int:
     """Bytes of an embedding or head [vocabulary, hidden] under a recipe."""
     n, k = shape
+    if config.embedding == "q4":
+        return base_bytes(shape, EMBEDDING_GROUP, config.scales, config.codebook)
     return n * (k + 2 * ceil_div(k, INT8_GROUP)) if config.embedding == "int8" else 2 * n * k
 
 

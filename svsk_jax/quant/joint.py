@@ -132,19 +132,20 @@ def plain_output_metric(W: Float[Array, "n k"], H: Float[Array, "k k"]) -> Outpu
 def quantize_base(
     W: Float[Array, "n k"],
     inputs: InputMetric,
-    outputs: OutputMetric,
+    outputs: OutputMetric | None,
     coefficients: Float[Array, "2"],
     group: int,
     config: QuantConfig,
 ) -> Base:
-    """Two-level scales, then codes, by error feedback where the recipe has it. f32 throughout."""
+    """Two-level scales, then codes, by error feedback where the recipe has it. f32 throughout. `outputs` are
+    for feedback across rows alone."""
     integers, super_scales, scales = _search(W, inputs.H, coefficients, group, config.importance)
     if config.feedback == "none":
         codes = round_to_level(W, scales, coefficients).astype(jnp.uint8)
     else:
         rows = None
         if config.feedback == "both":
-            if outputs.order is None or outputs.factor is None:
+            if outputs is None or outputs.order is None or outputs.factor is None:
                 raise ValueError("feedback across rows needs an output metric made for it")
             rows = (outputs.order, outputs.factor)
         columns = (inputs.order, inputs.factor)

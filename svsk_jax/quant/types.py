@@ -39,6 +39,8 @@ GROUPS = (16, 32, 64)
 """Columns that may share a scale."""
 MAX_BEAMS, MAX_ROUNDS = 256, 100
 """Beyond these a run would not end, or not fit."""
+EMBEDDING_GROUP = 16
+"""Columns of an embedding or head in 4 bits that share a scale."""
 SENSITIVITY_TILE = 512
 """Rows of a block of the output sensitivity."""
 
@@ -112,8 +114,9 @@ class QuantConfig:
     polish: int = 0
     """Steps of training the continuous numbers (super-scales, codebook, sidecar) on the calibration text
     until the whole model predicts like the original; meant for an accelerator."""
-    embedding: Literal["int8", "bfloat16"] = "int8"
-    """How embedding and head are stored: int8 with an f16 scale per 64 columns, or unquantized bfloat16."""
+    embedding: Literal["int8", "q4", "bfloat16"] = "int8"
+    """How embedding and head are stored: int8 with an f16 scale per 64 columns; as the linears without their
+    sidecars, two-level scales per 16 columns; or unquantized bfloat16."""
 
     def __post_init__(self):
         if not self.groups or any(group not in GROUPS for group in self.groups):
@@ -132,6 +135,10 @@ class QuantConfig:
             raise ValueError(
                 "QuantConfig: flat scales go with the published method alone (linear codebook, one group "
                 "size, no feedback, diagonal metric, no budget, no polish); use two_level scales"
+            )
+        if self.scales == "flat" and self.embedding == "q4":
+            raise ValueError(
+                "QuantConfig.embedding: 4 bits go with two_level scales; take int8, or a recipe svsk-*"
             )
         if self.tile.rows > SENSITIVITY_TILE and self.metric == "fisher":
             raise ValueError(

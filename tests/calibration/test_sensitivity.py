@@ -38,6 +38,7 @@ def walk_both_ways(config, ids, memory=1 << 30, folder=None, keep_chunks=CHUNKS,
     with BlockInputs(memory, folder) as kept:
         walk = Walk(source, source.outer(jnp.float32), ids, LENGTH, jnp.float32, mesh)
         assert [index for index, _ in walk.forwards(True, kept, keep_chunks)] == [0, 1]
+        walk.head(True)
         walk.start_backwards(SEED)
         backwards = list(walk.backwards(kept, config.num_layers))
     assert [index for index, *_ in backwards] == [1, 0]
@@ -135,12 +136,26 @@ def test_a_walk_runs_what_was_compiled_ahead(config, compiled):
     batch = chunks_of_batch(CHUNKS, LENGTH, LENGTH, mesh), LENGTH
     with together(of_walk(config, mesh, jnp.float32, batch, True, True, SEED)):
         pass
-    ahead = {"layer_moments", "layer_sensitivity", "weighted_moments", "head_gradient"}
+    ahead = {"layer_moments", "head_moments", "layer_sensitivity", "weighted_moments", "head_gradient"}
     assert ahead == set(compiled)
     compiled.clear()
     walk_both_ways(config, ids, mesh=mesh)
     assert "add_up" in compiled
     assert not ahead & set(compiled)
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 3)])
+def test_what_the_head_reads(mesh):
+    ids, source = draw_ids(), MemorySource(TINY)
+    walk = Walk(source, source.outer(jnp.float32), ids, LENGTH, jnp.float32, make_mesh(*mesh))
+    list(walk.forwards(True))
+    found, again = (walk.head(True)["head.input"] for _ in range(2))
+    model = Decoder(TINY, {k: jnp.asarray(v) for k, v in source.parameters.items()})
+    x = np.asarray(model.final_norm(model.hidden_states(jnp.asarray(ids))), np.float64)
+    x = x.reshape(-1, TINY.hidden_size)
+    close(found.whole.total, x.T @ x)
+    assert found.tokens == CHUNKS * LENGTH
+    np.testing.assert_array_equal(again.total, found.total)
 
 
 @pytest.mark.parametrize(("keep", "mesh"), [(CHUNKS, (8, 1)), (3, (2, 4))])

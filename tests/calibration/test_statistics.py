@@ -7,7 +7,7 @@ import pytest
 from svsk_jax.calibration import store
 from svsk_jax.calibration.statistics import add_up, device_moment, embed_batches, layer_moments, no_moments
 from svsk_jax.model import DecoderLayer
-from svsk_jax.model.parameters import LINEAR_INPUTS, layer_parameters, random_parameters
+from svsk_jax.model.parameters import HEAD_INPUT, LINEAR_INPUTS, layer_parameters, random_parameters
 from svsk_jax.parallel import make_mesh, sharding
 
 
@@ -80,6 +80,7 @@ def test_stored_statistics_come_back(layer, tiny_config, tmp_path):
     embedding = np.random.default_rng(2).standard_normal((97, tiny_config.hidden_size)).astype(np.float32)
     _, moments = run(layer, embedding, np.zeros((8, 16), np.int32), make_mesh(), False)
     store.write_moments(tmp_path, 0, moments)
+    store.write_head(tmp_path, {HEAD_INPUT: moments["attention.input"]})
     store.finish(
         tmp_path, {"fingerprint": "abc", "model": "m", "text": {"moments": "diagonal", "fisher_chunks": 0}}
     )
@@ -89,6 +90,7 @@ def test_stored_statistics_come_back(layer, tiny_config, tmp_path):
     for name, moment in statistics.layer(0).items():
         np.testing.assert_array_equal(moment.total, moments[name].total)
         assert moment.tokens == moments[name].tokens
+    np.testing.assert_array_equal(statistics.head().total, moments["attention.input"].total)
     with pytest.raises(ValueError, match="made from m, not from other"):
         statistics.check_model("def", "other")
     (tmp_path / "layer-00000.safetensors").write_bytes(b"short")

@@ -20,7 +20,7 @@ from svsk_jax.calibration import store
 from svsk_jax.calibration.statistics import StoredMoments
 from svsk_jax.calibration.store import Statistics
 from svsk_jax.model.decoder import Decoder
-from svsk_jax.model.parameters import LINEAR_INPUTS, QUANTIZED_LINEARS, layer_shapes
+from svsk_jax.model.parameters import HEAD_INPUT, LINEAR_INPUTS, QUANTIZED_LINEARS, layer_shapes
 from svsk_jax.models import open_model
 from svsk_jax.pipeline.plan import Plan, fixed_plans
 from svsk_jax.quant.half_moment import halved
@@ -194,6 +194,7 @@ def _write_statistics(folder: Path) -> None:
 
     store.write_tokens(folder, np.arange(4)[None])
     store.write_moments(folder, 0, moments())
+    store.write_head(folder, {HEAD_INPUT: moments()["attention.input"]})
     store.write_sensitivities(folder, 0, {name: sensitivity(name) for name in LINEAR_INPUTS}, moments())
     text = {"calib": {"builtin": 1}, "chunks": 1, "chunk_length": 4, "moments": "full", "fisher_chunks": 1}
     store.finish(

@@ -36,6 +36,7 @@ CONFIGS = {
         ),
         {"coefficients": None},
     ),
+    "a head in 4 bits": (BASE, {"group": 32, "embedding": {"group": 16}}),
     "flat scales, two layers": (
         dataclasses.replace(BASE, num_layers=2),
         {"flat": True, "group": 64, "coefficients": None, "ranks": 2},
@@ -43,14 +44,18 @@ CONFIGS = {
 }
 
 
-def packed_parameters(config, **form):
+def packed_parameters(config, embedding=None, **form):
     rng = np.random.default_rng(0)
     parameters = dict(random_parameters(config, 0))
     for path, value in parameters.items():
         if any(path.endswith(f"{name}.weight") for name in QUANTIZED_LINEARS):
             parameters[path] = random_weight(rng, *value.shape, **{"tile": (64, 0), **form})
         elif len(value.shape) == 2:
-            parameters[path] = random_int8(rng, *value.shape)
+            parameters[path] = (
+                random_int8(rng, *value.shape)
+                if embedding is None
+                else random_weight(rng, *value.shape, **embedding)
+            )
     return parameters
 
 
@@ -77,7 +82,8 @@ def test_one_sequence(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["heads of 128 with norms", "biases, a window, a head of its own, no sidecar"]
+    "name",
+    ["heads of 128 with norms", "biases, a window, a head of its own, no sidecar", "a head in 4 bits"],
 )
 def test_sequences_of_different_lengths(name):
     exact, model = models(name)
@@ -114,6 +120,9 @@ def test_what_cannot_run():
     assert "attention.qkv is not laid out" in str(why_not_fused(stored, interpret=True))
     _, model = models("flat scales, two layers")
     assert "GPU" in str(why_not_fused(model))
+    parameters = packed_parameters(BASE, embedding={"ranks": 2, "tile": (64, 0)})
+    corrected = Decoder(BASE, lay_out_parameters(parameters), jnp.float16)
+    assert "the head has a sidecar" in str(why_not_fused(corrected, interpret=True))
     shared = dataclasses.replace(BASE, num_heads=17)
     many = Decoder(shared, dict(random_parameters(shared, 0)), jnp.float16)
     assert "more than 16 heads" in str(why_not_fused(many, interpret=True))

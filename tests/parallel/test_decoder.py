@@ -36,7 +36,7 @@ PROMPTS = ([5, 80, 33, 7], [12], [60, 3, 3])
 class PackedSource(MemorySource):
     """Random packed parameters of a configuration."""
 
-    def __init__(self, config, **form):
+    def __init__(self, config, embedding=None, **form):
         super().__init__(config)
         rng = np.random.default_rng(0)
         parameters = dict(random_parameters(config, 0))
@@ -44,7 +44,11 @@ class PackedSource(MemorySource):
             if any(path.endswith(f"{name}.weight") for name in QUANTIZED_LINEARS):
                 parameters[path] = random_weight(rng, *value.shape, **form)
             elif len(value.shape) == 2:
-                parameters[path] = random_int8(rng, *value.shape)
+                parameters[path] = (
+                    random_int8(rng, *value.shape)
+                    if embedding is None
+                    else random_weight(rng, *value.shape, **embedding)
+                )
         self.parameters = parameters
 
     def outer(self, dtype):
@@ -98,8 +102,9 @@ def test_experts_are_whole_on_every_device():
     [
         {"ranks": (0, 9), "tile": (128, 0)},
         {"flat": True, "group": 64, "coefficients": None, "ranks": 4, "tile": (128, 96)},
+        {"embedding": {"group": 16}},
     ],
-    ids=["whole rows", "column tiles"],
+    ids=["whole rows", "column tiles", "embedding in 4 bits"],
 )
 def test_packed_parts_hold_what_the_whole_does(form):
     source = PackedSource(PACKED, **form)

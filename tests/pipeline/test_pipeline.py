@@ -13,18 +13,25 @@ import numpy as np
 import pytest
 from support import SQUARE, TINY, MemorySource
 
-from convert.load import load_decoder
+from convert.load import load_decoder, load_parameters
+from pallas_kernels.svsk_matmul import dequantize
 from svsk_jax import pipeline
 from svsk_jax.calibration.config import CalibrationConfig
 from svsk_jax.calibration.store import Statistics
 from svsk_jax.evaluation.divergence import token_divergence
+from svsk_jax.model.laid_out import lay_out_for_device
 from svsk_jax.model.parameters import QUANTIZED_LINEARS, parameter_shapes, quantized_paths
+from svsk_jax.pipeline.layers import nbytes
+from svsk_jax.pipeline.sizes import model_sizes
 from svsk_jax.quant.budget import predict
 from svsk_jax.quant.types import QuantConfig, TileShape, recipe
 from svsk_jax.storage import SavedModel
 
 CALIBRATION = CalibrationConfig(calib=("documentation",), chunks=64, chunk_length=32, moments="diagonal")
 FULL = dataclasses.replace(CALIBRATION, moments="full", fisher_chunks=32)
+PLAIN = QuantConfig(
+    codebook="companded", groups=(32,), scales="two_level", rank=0, feedback="columns", metric="full"
+)
 SMALL = QuantConfig(rank=4, tile=TileShape(rows=32, columns=32))
 
 
@@ -134,6 +141,32 @@ def test_bfloat16_embedding(source, tmp_path):
     assert result.budget == predict(parameter_shapes(source.config), quantized_paths(source.config), config)
     stored = SavedModel(tmp_path / "out").outer(jnp.float32)["embedding.weight"]
     np.testing.assert_allclose(stored, source.parameters["embedding.weight"], rtol=2**-8)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_in_4_bits(tiny_config, tied, tmp_path):
+    source = MemorySource(dataclasses.replace(tiny_config, tie_word_embeddings=tied))
+    config = dataclasses.replace(PLAIN, embedding="q4")
+    plain = dataclasses.replace(FULL, fisher="off")
+    result = pipeline.quantize(source, tmp_path / "out", config, recipe="plain", calibration=plain)
+    sizes = model_sizes(source.config, config)
+    assert result.budget == sizes.budget
+    saved = SavedModel(tmp_path / "out")
+    outer = saved.outer(jnp.float32)
+    kinds = {path: tensor["kind"] for path, tensor in saved.metadata["tensors"].items()}
+    matrices = {"embedding.weight"} if tied else {"embedding.weight", "head.weight"}
+    assert {path for path, kind in kinds.items() if kind == "svsk"} == matrices
+    for path in matrices:
+        W = source.parameters[path]
+        assert 0 < np.sum(np.square(dequantize(outer[path]) - W)) < 0.01 * np.sum(np.square(W))
+    laid = lay_out_for_device(load_parameters(saved, jnp.float32), jnp.float32)
+    assert sizes.in_memory["CPU, packed"] == nbytes(laid)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 97, (2, 16)), jnp.int32)
+    reference, found = (
+        jax.jit(lambda model, ids: model(ids))(load_decoder(model, jnp.float32), tokens)
+        for model in (source, saved)
+    )
+    assert 0 < float(token_divergence(reference, found, tokens).kld.mean()) < 0.1
 
 
 def test_relative_paths(source, tmp_path, monkeypatch):

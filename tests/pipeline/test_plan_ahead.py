@@ -18,7 +18,7 @@ from svsk_jax.calibration.config import CalibrationConfig
 from svsk_jax.calibration.store import Statistics
 from svsk_jax.known_models import KNOWN
 from svsk_jax.model.laid_out import lay_out_for_device
-from svsk_jax.model.parameters import input_widths, layer_shapes, parameter_shapes
+from svsk_jax.model.parameters import HEAD_INPUT, input_widths, layer_shapes, parameter_shapes
 from svsk_jax.pipeline.forecast import forecast, measured_costs
 from svsk_jax.pipeline.plan import Plan, fixed_plans
 from svsk_jax.pipeline.sizes import model_sizes
@@ -44,6 +44,7 @@ def statistics(tmp_path):
     }
     store.write_tokens(tmp_path, np.zeros((1, 4)))
     store.write_moments(tmp_path, 0, moments)
+    store.write_head(tmp_path, {HEAD_INPUT: moments["attention.input"]})
     text = {"moments": "diagonal", "fisher_chunks": 0}
     store.finish(tmp_path, {"model": "m", "fingerprint": source.fingerprint(), "text": text})
     return Statistics.open(tmp_path)
