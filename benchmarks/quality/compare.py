@@ -48,6 +48,10 @@ class Reference:
         for index in range(self.config.num_layers):
             for path, value in row.layer(index).items():
                 parameters[f"layers.{index}.{path}"] = jnp.asarray(value, jnp.float32)
+        return self.divergence_of(parameters)
+
+    def divergence_of(self, parameters: Mapping[str, Any]) -> dict[str, TokenDivergence]:
+        """Likewise of a whole model's parameters, dense or packed."""
         model = Decoder(self.config, parameters, jnp.float32)
         chunk = chunk_rows(self.config.vocab_size)
         results = {}

@@ -4,10 +4,11 @@
     python -m benchmarks.speed.decode_step --plot results.json plot.svg
 
 `svsk-r16` has groups of 16 and sidecars of rank 9 in tiles of 512 rows, 4.6 bits per weight as stored: what
-the recipe's budget buys on average. `linear` has no codebook and no sidecar. `bf16` is the dense decoder by
-XLA, as many tokens in a dispatch. A step reads its weights once and the caches of all texts: `limit` is the
-share of its time in which a kernel that does nothing else would read as many bytes. Times are by the clock,
-of calls one after another (`benchmarks.clock`), as in generating, where the host runs ahead; medians.
+the recipe's budget buys on average. `svsk-r16, q4` has embedding and head in 4 bits, the others have int8.
+`linear` has no codebook and no sidecar. `bf16` is the dense decoder by XLA, as many tokens in a dispatch. A
+step reads its weights once and the caches of all texts: `limit` is the share of its time in which a kernel
+that does nothing else would read as many bytes. Times are by the clock, of calls one after another
+(`benchmarks.clock`), as in generating, where the host runs ahead; medians.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from svsk_jax.runtime.sampling import SamplingConfig
 
 FORMS: dict[str, dict[str, Any]] = {
     "svsk-r16": {"rank": 9},
+    "svsk-r16, q4": {"rank": 9, "embedding": "q4"},
     "linear": {"rank": 0, "companded": False},
 }
 BATCHES = (1, 4, 16, 64)

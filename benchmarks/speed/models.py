@@ -9,17 +9,25 @@ from jax.typing import DTypeLike
 from pallas_kernels.svsk_matmul.synthetic import random_int8, random_weight
 from svsk_jax.model import ModelConfig
 from svsk_jax.model.parameters import QUANTIZED_LINEARS, parameter_shapes
+from svsk_jax.quant.types import EMBEDDING_GROUP
 
 
-def packed_parameters(config: ModelConfig, seed: jax.Array, **form: Any) -> dict[str, Any]:
-    """Decoder linears in 4 bits (`form` as `synthetic.random_weight` takes it), int8 embedding and head."""
+def packed_parameters(
+    config: ModelConfig, seed: jax.Array, *, embedding: str = "int8", **form: Any
+) -> dict[str, Any]:
+    """Decoder linears in 4 bits (`form` as `synthetic.random_weight` takes it), embedding and head in int8 or
+    as `--embedding q4` stores them."""
     parameters: dict[str, Any] = {}
     for index, (path, shape) in enumerate(parameter_shapes(config).items()):
         key = jax.random.fold_in(seed, index)
         if any(path.endswith(f"{name}.weight") for name in QUANTIZED_LINEARS):
             parameters[path] = random_weight(key, *shape, **form)
         elif len(shape) == 2:
-            parameters[path] = random_int8(key, *shape)
+            parameters[path] = (
+                random_int8(key, *shape)
+                if embedding == "int8"
+                else random_weight(key, *shape, group=EMBEDDING_GROUP, rank=0)
+            )
         else:
             parameters[path] = jnp.ones(shape, jnp.bfloat16)
     return parameters

@@ -23,6 +23,9 @@ MOST_COPIES = 64
 """Of one weight; weights below 1 MB therefore stay in the cache of an H100."""
 LAUNCHES = 12
 """Launches of a chain, at least."""
+RANK = 16
+HEAD_ROWS = 1 << 16
+"""More than any linear of a layer has."""
 COMPILERS = 12
 """Threads that compile."""
 
@@ -71,7 +74,7 @@ def search(
     seconds: float = float("inf"),
 ) -> dict[str, dict[str, dict[str, int]]]:
     """The fastest blocks for each shape and batch, as a table holds them; of companded weights in groups of
-    16 with a sidecar of rank 16.
+    16 with a sidecar of rank 16, or without one where so many rows say that it is a head.
 
     Args:
         shapes: [N, K] of weights.
@@ -87,7 +90,8 @@ def search(
     for shape in shapes:
         if time.monotonic() > deadline:
             break
-        weights = copies(lay_out(random_weight(jax.random.key(1), *shape)))
+        rank = 0 if shape[0] >= HEAD_ROWS else RANK
+        weights = copies(lay_out(random_weight(jax.random.key(1), *shape, rank=rank)))
         best: dict[str, dict[str, int]] = {}
         for batch in batches:
             if best and time.monotonic() > deadline:

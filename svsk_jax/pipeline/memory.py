@@ -29,6 +29,7 @@ from svsk_jax.pipeline.working_sets import (
     layer_weights,
     moment_bytes,
     outer_weights,
+    slab_bytes,
     stored_moment_bytes,
     tail_weights,
     text_bytes,
@@ -179,10 +180,10 @@ def plan_quantization(model: ModelConfig, machine: Machine, limit: int | None = 
     # An accelerator holds of a layer what is quantized, beside the linear at hand.
     arrays += (machine.itemsize + 4) * layer if machine.shares_host else layer
     if machine.shares_host:
-        # Embedding and head are read, and made int8 in slabs, before the first layer.
+        # Embedding and head are read, and rounded in slabs, before the first layer.
         arrays = max(
             arrays + ahead_bytes(model, machine.itemsize) + outer_weights(model),
-            (machine.itemsize + 2) * outer_weights(model),
+            (machine.itemsize + 1) * outer_weights(model) + slab_bytes(model),
         )
     peaks = {stage: arrays + _programs(machine, stage) for stage in ("plan", "quantize")}
     if limit is not None:

@@ -78,6 +78,11 @@ def slab_rows(model: ModelConfig) -> int:
     return max(1, largest // model.hidden_size)
 
 
+def slab_bytes(model: ModelConfig) -> int:
+    """What rounding so many rows of a head in 4 bits works with."""
+    return 4 * (3 * model.hidden_size**2 + WORKING_COPIES * slab_rows(model) * model.hidden_size)
+
+
 def tail_weights(model: ModelConfig) -> int:
     """Numbers in final norm and head."""
     return model.hidden_size * (model.vocab_size + 1)

@@ -37,8 +37,8 @@ def test_verify_statistics(checkpoint, tmp_path, capsys):
     folder, report = tmp_path / "stats", tmp_path / "v.json"
     assert svsk("calibrate", "--model", checkpoint, "--output", folder, *CALIB) == 0
     assert svsk("verify", folder, "--json", report) == 0
-    # Of each of two layers four diagonals with their counts, and the tokens.
-    assert json.loads(report.read_text()) == {"folder": str(folder), "tensors": 17, "damaged": {}}
+    # Of each of two layers four diagonals with their counts, one for the head, and the tokens.
+    assert json.loads(report.read_text()) == {"folder": str(folder), "tensors": 19, "damaged": {}}
     data = bytearray((folder / "tokens.safetensors").read_bytes())
     data[-1] ^= 1
     (folder / "tokens.safetensors").write_bytes(data)
