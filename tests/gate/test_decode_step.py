@@ -46,9 +46,9 @@ def moved(text):
     ]
 
 
-def abstract_step(lengths, config=CONFIG):
+def abstract_step(lengths, config=CONFIG, embedding="int8"):
     weights = jax.eval_shape(
-        lambda key: lay_out_parameters(packed_parameters(config, key)), jax.random.key(0)
+        lambda key: lay_out_parameters(packed_parameters(config, key, embedding=embedding)), jax.random.key(0)
     )
     batch = BATCH if lengths is None else lengths.shape[0]
     keys = jax.ShapeDtypeStruct((batch, 16, CONFIG.num_kv_heads, CONFIG.head_dim), jnp.bfloat16)
@@ -85,12 +85,13 @@ def alone(program):
     return [name for name in program.launched_alone if name.startswith("svsk_")]
 
 
-def of_a_step(batch):
+def of_a_step(batch, embedding="int8"):
     """Launches of the fused step's kernels."""
     product = "svsk_decode" if batch == 1 else "svsk_rows"
     of_a_layer = {product: 4, "svsk_residual": 2} | dict.fromkeys(("svsk_attend", "svsk_gated"), 1)
     expected = {name: count * CONFIG.num_layers for name, count in of_a_layer.items()}
-    return expected | {"svsk_residual": expected["svsk_residual"] + 1, "svsk_int8": 1}
+    head = product if embedding == "q4" else "svsk_int8"
+    return Counter(expected) + Counter(["svsk_residual", head])
 
 
 @pytest.mark.parametrize("by_boxes", [False, True], ids=["by XLA", "by boxes"])
@@ -126,7 +127,7 @@ def test_the_fused_step_over_two_devices(batch, by_boxes):
     text = program.text
     # A sum behind o and down, and one for the embedding; the best of all devices is gathered.
     sums = 2 * CONFIG.num_layers + 1
-    assert launches(text) == of_a_step(batch) | ({"svsk_likeliest": 1} if by_boxes else {})
+    assert launches(text) == of_a_step(batch) + Counter({"svsk_likeliest": int(by_boxes)})
     assert len(re.findall(r" = .*? all-reduce-start\(", text)) == (0 if by_boxes else sums)
     assert len(re.findall(r" = .*? all-gather-start\(", text)) == (0 if by_boxes else 1)
     # The parts of one token are summed as they are, by the devices' sum alone.
@@ -143,10 +144,11 @@ def test_the_fused_step_over_two_devices(batch, by_boxes):
     check_nothing_large_moves(weights, text)
 
 
+@pytest.mark.parametrize("embedding", ["int8", "q4"])
 @pytest.mark.parametrize("batch", [1, BATCH])
-def test_the_fused_step(batch):
+def test_the_fused_step(batch, embedding):
     tokens = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    weights, cache = abstract_step(tokens)
+    weights, cache = abstract_step(tokens, embedding=embedding)
 
     def fused(parameters, tokens, keys, values, lengths):
         logits, keys, values = fused_step(
@@ -157,7 +159,7 @@ def test_the_fused_step(batch):
     program = aot.compile_for(fused, (weights, tokens, cache, cache, tokens), "sm_90")
     text = program.text
     assert not alone(program)
-    assert launches(text) == of_a_step(batch)
+    assert launches(text) == of_a_step(batch, embedding)
     # Nothing else is launched for a layer: what remains looks tokens up, turns angles and takes the largest.
     assert len(re.findall(r" = .*? fusion\(", text)) <= 12
     spilled = {kernel.name: kernel.spilled_bytes for kernel in program.kernels if kernel.spilled_bytes > 32}
