@@ -45,7 +45,7 @@ def save(path: Path, parameters: Mapping[str, Any], metadata: Mapping[str, Any])
     for left in path.parent.glob(f"{staged.name}*"):
         shutil.rmtree(left)
     with _checkpointer() as checkpointer:
-        checkpointer.save(staged, args=ocp.args.PyTreeSave(plain, custom_metadata=custom_metadata))
+        checkpointer.save(staged.absolute(), args=ocp.args.PyTreeSave(plain, custom_metadata=custom_metadata))
     sync_tree(staged)
     shutil.rmtree(path, ignore_errors=True)
     rename(staged, path)
@@ -70,7 +70,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """
     try:
         with _checkpointer() as checkpointer:
-            metadata = checkpointer.metadata(path).item_metadata.custom_metadata
+            # Of a relative path orbax finds nothing.
+            metadata = checkpointer.metadata(path.absolute()).item_metadata.custom_metadata
     except Exception as error:  # orbax raises many kinds on damaged files
         raise ValueError(
             f"{path}: no readable metadata ({error!r}); the model is damaged, make it again"
@@ -109,7 +110,7 @@ def restore(
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         with _checkpointer() as checkpointer:
             restored = checkpointer.restore(
-                path,
+                path.absolute(),
                 args=ocp.args.PyTreeRestore(
                     item=target, restore_args=restore_args, partial_restore=names is not None
                 ),

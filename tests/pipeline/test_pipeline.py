@@ -25,7 +25,7 @@ from svsk_jax.pipeline.layers import nbytes
 from svsk_jax.pipeline.sizes import model_sizes
 from svsk_jax.quant.budget import predict
 from svsk_jax.quant.types import QuantConfig, TileShape, recipe
-from svsk_jax.storage import SavedModel
+from svsk_jax.storage import SavedModel, verify
 
 CALIBRATION = CalibrationConfig(calib=("documentation",), chunks=64, chunk_length=32, moments="diagonal")
 FULL = dataclasses.replace(CALIBRATION, moments="full", fisher_chunks=32)
@@ -173,6 +173,8 @@ def test_relative_paths(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pipeline.quantize(source, Path("sub/out"), SMALL, recipe="small", calibration=CALIBRATION)
     assert SavedModel(Path("sub/out")).config == source.config
+    assert verify(Path("sub/out")).damaged == {}
+    assert verify(Path("sub/out")).tensors > 0
 
 
 def test_statistics_of_another_model_are_refused(source, tiny_config, tmp_path):
