@@ -1,4 +1,4 @@
-"""An embedding or head in 4 bits: codes and scales as those of a linear, without a sidecar."""
+"""An embedding or head in int8 or in 4 bits, some rows at a time."""
 
 import dataclasses
 from collections.abc import Callable
