@@ -71,7 +71,7 @@ def test_statistics_within_rounding(checkpoint, statistics, tmp_path):
     assert done.stderr.count("wrote") == 1
     names = sorted(path.name for path in statistics.glob("*.safetensors"))
     assert names == sorted(path.name for path in (tmp_path / "stats").glob("*.safetensors"))
-    assert len(names) == 1 + 2 * CONFIG.num_layers
+    assert len(names) == 2 + 2 * CONFIG.num_layers
     for name in names:
         alone, found = load_file(statistics / name), load_file(tmp_path / "stats" / name)
         assert alone.keys() == found.keys()

@@ -59,7 +59,7 @@ def assert_same(first, second):
     manifests = [json.loads(each.pop(MANIFEST)) for each in (files, others)]
     assert files.keys() == others.keys()
     assert [name for name in files if files[name] != others[name]] == []
-    assert len(files) == 1 + 2 * CONFIG.num_layers
+    assert len(files) == 2 + 2 * CONFIG.num_layers
     for manifest in manifests:
         del manifest["seconds"]
     assert manifests[0] == manifests[1]
