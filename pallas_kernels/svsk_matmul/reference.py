@@ -17,6 +17,7 @@ from pallas_kernels.svsk_matmul.types import (
     PackedWeight,
     Sidecar,
     SVSKWeight,
+    row_leaves,
 )
 
 Factors = Sequence[Sequence[tuple[Float[Array, "_ _"], Float[Array, "_ _"]]]]
@@ -119,9 +120,7 @@ def dequantize(weight: PackedWeight, dtype: DTypeLike = jnp.float32) -> Float[Ar
 def take_rows(weight: PackedWeight, rows: Int[Array, "*b"], dtype: DTypeLike) -> Float[Array, "*b k"]:
     """Rows of Ŵ by index (an embedding look-up), in `dtype`; of a weight without a sidecar."""
     flat = rows.reshape(-1)
-    names = ("values", "scales") if isinstance(weight, Int8Weight) else ("codes", "scales", "super_scales")
-    fields = {name: getattr(weight, name) for name in names}
-    taken = {name: leaf if leaf is None else leaf[flat] for name, leaf in fields.items()}
+    taken = {name: leaf[flat] for name, leaf in row_leaves(weight).items()}
     found = dataclasses.replace(weight, shape=(len(flat), weight.shape[1]), **taken)
     return dequantize(found, dtype).reshape(*rows.shape, -1)
 

@@ -194,3 +194,10 @@ class Int8Weight:
 
 
 PackedWeight = SVSKWeight | Int8Weight
+
+
+def row_leaves(weight: PackedWeight) -> dict[str, Leaf]:
+    """The weight's arrays, by field, whose rows are its own: all there are but codebook and sidecar."""
+    names = ("values", "scales") if isinstance(weight, Int8Weight) else ("codes", "scales", "super_scales")
+    leaves = {name: getattr(weight, name) for name in names}
+    return {name: leaf for name, leaf in leaves.items() if leaf is not None}

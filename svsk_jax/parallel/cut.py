@@ -10,7 +10,14 @@ import numpy as np
 
 from pallas_kernels.svsk_matmul.layout import SUPER_GROUP
 from pallas_kernels.svsk_matmul.reference import stored_tiles
-from pallas_kernels.svsk_matmul.types import INT8_GROUP, Int8Weight, Sidecar, SVSKWeight
+from pallas_kernels.svsk_matmul.types import (
+    INT8_GROUP,
+    Int8Weight,
+    PackedWeight,
+    Sidecar,
+    SVSKWeight,
+    row_leaves,
+)
 
 Matrix = TypeVar("Matrix", bound=Any)
 SMALLEST_TILE = 64
@@ -58,12 +65,10 @@ def cut(weight: Matrix, parts: int, axis: int) -> list[Matrix]:
         size = leaf.shape[axis] // parts
         return [leaf[(slice(None),) * axis + (slice(i * size, (i + 1) * size),)] for i in range(parts)]
 
-    if not isinstance(weight, SVSKWeight | Int8Weight):
+    if not isinstance(weight, PackedWeight):
         return shares(weight)
     shape = tuple(size // parts if i == axis else size for i, size in enumerate(weight.shape))
-    names = ("values", "scales") if isinstance(weight, Int8Weight) else ("codes", "scales", "super_scales")
-    fields = {name: getattr(weight, name) for name in names}
-    cuts = {name: [None] * parts if leaf is None else shares(leaf) for name, leaf in fields.items()}
+    cuts: dict[str, list[Any]] = {name: shares(leaf) for name, leaf in row_leaves(weight).items()}
     if isinstance(weight, SVSKWeight) and weight.sidecar is not None:
         cuts["sidecar"] = (_rows_of if axis == 0 else _columns_of)(weight.sidecar, parts)
     made: list[Any] = [

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.svsk_matmul.layout import ceil_div
-from pallas_kernels.svsk_matmul.types import Int8Weight, PackedWeight
+from pallas_kernels.svsk_matmul.types import PackedWeight, row_leaves
 from svsk_jax.model.config import ModelConfig
 from svsk_jax.parallel.cut import alike, cut, why_not_cut
 from svsk_jax.parallel.mesh import MESH_AXIS, MODEL
@@ -129,8 +129,6 @@ def _filled(value: Any, parts: int) -> Any:
     if rows == value.shape[0]:
         return value
     if isinstance(value, PackedWeight):
-        names = ("values", "scales") if isinstance(value, Int8Weight) else ("codes", "scales", "super_scales")
-        fields = {name: getattr(value, name) for name in names}
-        filled = {name: None if leaf is None else pad(leaf) for name, leaf in fields.items()}
+        filled = {name: pad(leaf) for name, leaf in row_leaves(value).items()}
         return dataclasses.replace(value, **filled, shape=(rows, value.shape[1]))
     return pad(value)
