@@ -13,12 +13,8 @@ differences are real.
 
 import argparse
 import dataclasses
-import datetime
 import itertools
 import json
-import os
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +23,7 @@ import numpy as np
 
 from benchmarks.quality.ablation_report import markdown
 from benchmarks.quality.compare import Reference
-from benchmarks.quality.families import FAMILIES, add_arguments, evaluation_windows
+from benchmarks.quality.families import FAMILIES, about, add_arguments, evaluation_windows
 from benchmarks.quality.reference import dithered_smollm2
 from benchmarks.quality.rows import saved_row
 from svsk_jax import ModelSource, QuantConfig, Statistics, open_model, quantize, recipe
@@ -98,11 +94,7 @@ def _evaluate(source: ModelSource, arguments: argparse.Namespace) -> None:
         print(f"{name:32} {runs[0]['bits']:6.3f} {runs[0]['layer_error']:11.2e} {spread}", flush=True)
     if arguments.json:
         report = {
-            "date": datetime.date.today().isoformat(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}",
-            "versions": {name: version(name) for name in ("svsk-jax", "jax")},
-            "model": Path(source.description).name,
-            "families": {family: part.scored for family, part in windows.items()},
+            **about(source, windows, "svsk-jax", "jax"),
             "rows": rows,
         }
         write_json(arguments.json, report)

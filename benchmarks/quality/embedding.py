@@ -11,13 +11,9 @@ every STATISTICS; ratios to the first row are paired by token, errors take token
 
 import argparse
 import dataclasses
-import datetime
 import json
-import os
-import platform
 import tempfile
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.quality.compare import Reference, geometric_mean, ratio
-from benchmarks.quality.families import FAMILIES, add_arguments, evaluation_windows
+from benchmarks.quality.families import FAMILIES, about, add_arguments, evaluation_windows
 from benchmarks.quality.reference import dithered_smollm2
 from convert.load import load_parameters
 from svsk_jax import ModelSource, QuantConfig, Statistics, open_model, quantize, recipe
@@ -141,11 +137,7 @@ def main() -> None:
     source = open_model(flags.model) if flags.model else dithered_smollm2()
     families = evaluation_windows(source.tokenizer(), flags.wikitext, flags.windows)
     report = {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}",
-        "versions": {name: version(name) for name in ("svsk-jax", "jax")},
-        "model": Path(source.description).name,
-        "families": {family: windows.scored for family, windows in families.items()},
+        **about(source, families, "svsk-jax", "jax"),
         "rows": measure(source, flags.statistics, Reference(source, families), flags.recipe),
     }
     if flags.json:

@@ -1,11 +1,19 @@
 """Evaluation text of three families, none of it in the calibration parts of the same sources."""
 
 import argparse
+import datetime
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from svsk_jax import ModelSource
 from svsk_jax.calibration.text import read_texts, tokenize
 from svsk_jax.evaluation.windows import Windows
 
@@ -22,6 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder with calibration.raw and evaluation.raw, instead of WikiText-2 from the hub",
     )
     parser.add_argument("--windows", type=int, default=24, help=f"windows of {WINDOW} tokens per family")
+
+
+def about(source: ModelSource, families: Mapping[str, Windows], *packages: str) -> dict[str, Any]:
+    """What a report of a comparison on these families says of when, where and on what it was made."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}",
+        "versions": {name: version(name) for name in packages},
+        "model": Path(source.description).name,
+        "families": {family: windows.scored for family, windows in families.items()},
+    }
 
 
 def source_of(family: str, part: str, wikitext: Path | None) -> str:

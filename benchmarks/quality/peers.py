@@ -11,19 +11,15 @@ Without --model it is SmolLM2-135M, dithered (see reference.py). llama.cpp's row
 """
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from benchmarks.quality.compare import Reference, compare
-from benchmarks.quality.families import add_arguments, evaluation_windows
+from benchmarks.quality.families import about, add_arguments, evaluation_windows
 from benchmarks.quality.peers_report import markdown, plot
 from benchmarks.quality.reference import dithered_smollm2
 from benchmarks.quality.rows import BASELINE, Row, quantize_rows, registry, saved_row, stored_rows
@@ -93,12 +89,8 @@ def _evaluate(arguments: argparse.Namespace, source: ModelSource) -> None:
     families = evaluation_windows(source.tokenizer(), arguments.wikitext, arguments.windows)
     records = compare(Reference(source, families), rows, BASELINE, _say)
     report: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}",
-        "versions": {name: version(name) for name in ("svsk-jax", "jax", "gguf")},
-        "model": Path(source.description).name,
+        **about(source, families, "svsk-jax", "jax", "gguf"),
         "baseline": BASELINE,
-        "families": {family: windows.scored for family, windows in families.items()},
         "rows": records,
     }
     if arguments.json:
