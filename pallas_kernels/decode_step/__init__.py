@@ -7,6 +7,7 @@ from pallas_kernels.decode_step.exchange import Boxes
 from pallas_kernels.decode_step.gated import finish_gated
 from pallas_kernels.decode_step.heads import HEAD_DIMS
 from pallas_kernels.decode_step.likeliest import LOST, likeliest_over
+from pallas_kernels.decode_step.mixture import choose_experts, finish_weighed
 from pallas_kernels.decode_step.product import Product, product
 from pallas_kernels.decode_step.residual import Residual, finish_residual, why_no_exchange
 
@@ -19,8 +20,10 @@ __all__ = [
     "Product",
     "Residual",
     "attend",
+    "choose_experts",
     "finish_gated",
     "finish_residual",
+    "finish_weighed",
     "likeliest_over",
     "product",
     "why_no_exchange",

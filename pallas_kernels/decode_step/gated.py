@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.decode_step.launch import launch
 from pallas_kernels.decode_step.product import (
@@ -18,9 +19,9 @@ from pallas_kernels.decode_step.product import (
     starts,
 )
 from pallas_kernels.svsk_matmul.layout import ceil_div
-from pallas_kernels.svsk_matmul.triton_layout import PLANE, padded
+from pallas_kernels.svsk_matmul.triton_layout import PLANE, SUPERBLOCK, padded
 from pallas_kernels.svsk_matmul.triton_operands import Refs, abstract
-from pallas_kernels.svsk_matmul.triton_prepare import Prepared, abstract_prepared, store_superblock
+from pallas_kernels.svsk_matmul.triton_prepare import RUN, Prepared, abstract_prepared, store_superblock
 
 NAME = "svsk_gated"
 WARPS, WARPS_OF_MANY = 8, 4
@@ -43,7 +44,8 @@ def _work(
     # Beyond the gate's padded rows lie the first of up: what is read of them is masked below.
     rows = [starts(first + superblock * WIDTH, PLANES, PLANE) for first in (0, padded(width))]
     finish = finishing(ref, product, item, rows, PLANE, threads=32 * warps)
-    squares = load_squares(ref, item)
+    shared = product.parts.shape[1] // ref["squares"].shape[0]
+    squares = load_squares(ref, lax.div(item, jnp.int32(shared)))
     norm = inverse_rms(squares, columns, eps)
     gate, up = (y * norm for y in finish())
     gate, up = biased(ref, gate, column, inside), biased(ref, up, width + column, inside)
@@ -63,24 +65,26 @@ def finish_gated(
     """silu(gate) ⊙ up, as the next product reads it.
 
     Args:
-        product: of gate and up, one above the other, with `Residual.scaled`.
-        squares: `Residual.squares`.
+        product: of gate and up, one above the other, with `Residual.scaled`; where its rows have matrices of
+            their own, the result is in runs of 256 columns, for another such product.
+        squares: `Residual.squares` of m tokens, each of which has as many rows of the product.
         columns: d, of the residual stream.
         eps: of the RMSNorm.
         interpret: run in interpret mode.
     """
-    m = squares.shape[0]
+    rows = product.parts.shape[1]
     superblocks = ceil_div(product.weight.rows[0], WIDTH)
-    warps = WARPS if m == 1 else WARPS_OF_MANY
+    warps = WARPS if len(squares) == 1 else WARPS_OF_MANY
     operands = {"squares": squares, **product.operands}
-    shapes = abstract_prepared(m, superblocks)._asdict()
+    run = RUN if product.chosen is None else SUPERBLOCK
+    shapes = abstract_prepared(rows, superblocks, run)._asdict()
     values, unit = launch(
         partial(_work, product=abstract(product), columns=columns, eps=eps, warps=warps),
         NAME,
         operands,
         shapes,
         programs=superblocks,
-        rows=m,
+        rows=rows,
         warps=warps,
         interpret=interpret,
     )

@@ -13,7 +13,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.svsk_matmul import triton_decode, triton_rows
 from pallas_kernels.svsk_matmul.layout import ceil_div
 from pallas_kernels.svsk_matmul.triton_layout import PLANE, ROW_UNIT, TritonWeight
-from pallas_kernels.svsk_matmul.triton_operands import Refs
+from pallas_kernels.svsk_matmul.triton_operands import Refs, stack_index
 from pallas_kernels.svsk_matmul.triton_prepare import PLANES, Prepared
 from pallas_kernels.svsk_matmul.tuning import batch_of, configuration
 from pallas_kernels.svsk_matmul.types import Leaf
@@ -33,31 +33,44 @@ class Product:
     """f32 [parts, m, rows]: of x Ŵᵀ without sidecar for the weight's padded rows, and after them of x Vᵀ."""
     weight: TritonWeight
     bias: Leaf | None = None
+    chosen: Leaf | None = None
+    """int32 [m]: which matrix of a stack each row has, where `weight` is one."""
 
     @property
     def operands(self) -> dict[str, jax.Array]:
         """What a kernel that finishes it reads, by name."""
-        found = {"parts": self.parts, "bias": self.bias}
+        found = {"parts": self.parts, "bias": self.bias, "layer": self.chosen}
         found |= {name: getattr(self.weight, name) for name in ("v_scale", "u", "ranges")}
         return {name: value for name, value in found.items() if value is not None}
 
 
 @partial(jax.jit, static_argnames="interpret")
 def product(
-    x: Prepared, weight: TritonWeight, bias: jax.Array | None = None, *, interpret: bool = False
+    x: Prepared,
+    weight: TritonWeight,
+    bias: jax.Array | None = None,
+    *,
+    chosen: jax.Array | None = None,
+    interpret: bool = False,
 ) -> Product:
-    """x Ŵᵀ + bias, unfinished. m is 1, or a multiple of what `batch_of` says of it.
+    """x Ŵᵀ + bias, unfinished. m is 1, or a multiple of what `batch_of` says of it; with `chosen` any number.
 
     Args:
         x: m rows of K columns.
         weight: laid out for the kernels.
         bias: [n] for the weight's rows without padding, or None.
+        chosen: int32 [c m], where `weight` is a stack: each row of x has c results one after another, of the
+            matrices that these name. x is in runs of 256 columns then.
         interpret: run in interpret mode.
 
     Raises:
         ValueError: m is another number.
     """
     m = x.unit.shape[0]
+    if chosen is not None:
+        blocks = configuration(weight, 1, matrices=len(chosen))
+        parts = triton_decode.partial_products(x, weight, blocks, layer=chosen, interpret=interpret)
+        return Product(parts=parts, weight=weight, chosen=chosen)
     if m % batch_of(m):
         raise ValueError(f"decode step: {m} rows of x; expected 1, 8, 16, 32 or a multiple of 64: pad them")
     blocks = configuration(weight, m)
@@ -128,6 +141,7 @@ def finishing(
         threads: of the program. Where there are as many as rows of y, or fewer, each row is in one of them.
     """
     padded_rows = product.weight.padded_rows
+    at = stack_index(ref, item)
     found: list[list[jax.Array]] = []
     units: list[_Unit] = []
     for start in starts:
@@ -142,7 +156,8 @@ def finishing(
         )
         if "u" in ref:
             unit = lax.div(start, jnp.int32(ROW_UNIT))
-            ranges = (plgpu.load(ref["ranges"].at[unit, jnp.int32(i)], mask=alive, other=0) for i in range(3))
+            index = ((*at, unit, jnp.int32(i)) for i in range(3))
+            ranges = (plgpu.load(ref["ranges"].at[each], mask=alive, other=0) for each in index)
             # The compiler does not know what the remainder is a multiple of.
             below = jnp.zeros_like(start) if width == ROW_UNIT else lax.rem(start, jnp.int32(ROW_UNIT))
             units.append(_Unit(below, *ranges))
@@ -155,7 +170,8 @@ def finishing(
         # take 16 rows, and other ranks in other threads. It does not know that this is zero.
         zero = jnp.minimum(unit.count, 0) * max(1, y.size // threads)
         row = (unit.below + zero)[None] + lax.broadcasted_iota(jnp.int32, shape, 2)
-        return plgpu.load(ref["u"].at[unit.begin[None] + rank, row], mask=rank < unit.count[None], other=0)
+        index = (*at, unit.begin[None] + rank, row)
+        return plgpu.load(ref["u"].at[index], mask=rank < unit.count[None], other=0)
 
     def load_t(i: jax.Array, unit: _Unit) -> jax.Array:
         """V x, f32 [ranks, h]."""
@@ -167,7 +183,7 @@ def finishing(
         first, count = (each.T[None] for each in (unit.first, unit.count))
         rank = i * RANKS + rank
         alive = (rank < count) & (part < parts)
-        scale = plgpu.load(ref["v_scale"].at[first + rank], mask=alive, other=0.0)
+        scale = plgpu.load(ref["v_scale"].at[(*at, first + rank)], mask=alive, other=0.0)
         index = part, item, padded_rows + first + rank
         return jnp.sum(scale * plgpu.load(ref["parts"].at[index], mask=alive, other=0.0), axis=0)
 

@@ -1,4 +1,4 @@
-"""The Triton kernel for one row of x, y = x Ŵᵀ with M = 1.
+"""The Triton kernel for one row of x, y = x Ŵᵀ with M = 1, or for several with a matrix of their own each.
 
 x is spread over the eight columns of a tensor-core product, each of which holds the x of one scale group in
 eight and zeros elsewhere, so that one product of the bare levels keeps groups apart and scales are applied to
@@ -40,9 +40,12 @@ SPREAD = 8
 """Columns of a tensor-core product, at least."""
 
 
-def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, rows: int, superblocks: int, asm: bool):
+def _kernel(
+    *refs, names: tuple[str, ...], weight: TritonWeight, rows: int, superblocks: int, shared: int, asm: bool
+):
     ref = named(names, refs)
-    at = stack_index(ref)
+    at = stack_index(ref, pl.program_id(2))
+    source = lax.div(pl.program_id(2), jnp.int32(shared))
     block, part = pl.program_id(0), pl.program_id(1)
     blocks = weight.padded_rows // rows
     first = part * superblocks
@@ -53,11 +56,11 @@ def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, rows: int, supe
         column, lane = (lax.broadcasted_iota(jnp.int32, (SPREAD, PLANE), axis) for axis in range(2))
         place = 2 * lax.div(lane, jnp.int32(weight.group)) + plane % 2
         place += 0 if weight.group == 16 else (plane // 2) * 4
-        index = (first + i) * SUPERBLOCK + plane * PLANE + lane
-        return plgpu.load(ref["x"].at[jnp.int32(0), index], mask=place == column, other=0).T
+        index = first + i, source, plane * PLANE + lane
+        return plgpu.load(ref["x"].at[index], mask=place == column, other=0).T
 
     def unit_at(i):
-        return plgpu.load(ref["unit"].at[jnp.int32(0), pl.ds(first + i, 1)])
+        return plgpu.load(ref["unit"].at[source, pl.ds(first + i, 1)])
 
     def base():
         row = pl.ds(block * rows, rows)
@@ -69,7 +72,7 @@ def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, rows: int, supe
         scales_at = scales_loader(ref, at, weight, block, rows, asm=asm)
 
         def super_at(b):
-            unit = plgpu.load(ref["unit"].at[jnp.int32(0), pl.ds(b, 1)])
+            unit = plgpu.load(ref["unit"].at[source, pl.ds(b, 1)])
             if weight.super_scales is None:
                 return unit, unit
             return unit, plgpu.load(ref["super_scales"].at[(*at, b, row)])
@@ -137,34 +140,38 @@ def partial_products(
     *,
     layer: jax.Array | None = None,
     interpret: bool = False,
-) -> Float[Array, "parts 1 rows"]:
+) -> Float[Array, "parts m rows"]:
     """Parts of x Ŵᵀ without sidecar, for the weight's padded rows, and after them of x Vᵀ; f32.
 
     Args:
-        x: one row.
+        x: one row, or rows in runs of a superblock's columns.
         weight: laid out, or a stack of them with `layer`.
         blocks: configuration.
-        layer: index into the stack, int32.
+        layer: index into the stack, int32, or [m], one for each row of the result: then each row of x is that
+            of m / rows of x rows one after another.
         interpret: run in interpret mode.
     """
     parts = weight.superblocks // blocks.superblocks
     v_blocks = 0 if weight.v is None else ceil_div(weight.v.shape[-2], blocks.rows)
-    grid = (weight.padded_rows // blocks.rows + v_blocks, parts)
+    m = 1 if layer is None else layer.size
+    grid = (weight.padded_rows // blocks.rows + v_blocks, parts, m)
     fields = ("words", "scales", "constants", "super_scales", "v", "ranges")
-    operands = {"x": x.values.reshape(1, -1), "unit": x.unit, **weight_operands(weight, fields, layer)}
+    values = x.values.reshape(-1, len(x.unit), SUPERBLOCK)
+    operands = {"x": values, "unit": x.unit, **weight_operands(weight, fields, layer)}
     body = partial(
         _kernel,
         names=tuple(operands),
         weight=abstract(weight),
         rows=blocks.rows,
         superblocks=blocks.superblocks,
+        shared=m // len(x.unit),
         asm=not interpret,
     )
     return pl.pallas_call(
         body,
         grid=grid,
-        out_specs=pl.BlockSpec((None, None, blocks.rows), lambda i, k: (k, 0, i)),
-        out_shape=jax.ShapeDtypeStruct((parts, 1, grid[0] * blocks.rows), jnp.float32),
+        out_specs=pl.BlockSpec((None, None, blocks.rows), lambda i, k, r: (k, r, i)),
+        out_shape=jax.ShapeDtypeStruct((parts, m, grid[0] * blocks.rows), jnp.float32),
         compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
         name=NAME,

@@ -24,7 +24,7 @@ def weight_operands(
     found = {name: getattr(weight, name) for name in names}
     found = {name: value for name, value in found.items() if value is not None}
     if layer is not None:
-        found["layer"] = jnp.reshape(layer, (1,)).astype(jnp.int32)
+        found["layer"] = jnp.reshape(layer, (-1,)).astype(jnp.int32)
     return found
 
 
@@ -38,9 +38,10 @@ def named(names: Sequence[str], refs: Sequence[Any]) -> Refs:
     return dict(zip([*names, "out"], refs, strict=True))
 
 
-def stack_index(ref: Refs) -> tuple[jax.Array, ...]:
-    """What an index into the weight's arrays begins with: the layer of a stack, or nothing."""
-    return (plgpu.load(ref["layer"].at[jnp.int32(0)]),) if "layer" in ref else ()
+def stack_index(ref: Refs, row: jax.Array | int = 0) -> tuple[jax.Array, ...]:
+    """What an index into the weight's arrays begins with: the layer of a stack, that of a row where each has
+    its own, or nothing."""
+    return (plgpu.load(ref["layer"].at[jnp.int32(row)]),) if "layer" in ref else ()
 
 
 def load_codebook(

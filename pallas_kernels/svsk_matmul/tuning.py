@@ -66,13 +66,13 @@ def batch_of(m: int) -> int:
     return 1 if m == 1 else next((size for size in (8, 16, 32) if m <= size), 64)
 
 
-def configuration(weight: TritonWeight, m: int) -> Blocks:
+def configuration(weight: TritonWeight, m: int, matrices: int = 1) -> Blocks:
     """Blocks for m rows of x on the device that code is traced for: those of its table for this shape, where
-    it has them and they fit, else the heuristic's."""
+    it has them and they fit, else the heuristic's, for a launch with so many matrices of a stack."""
     batch = batch_of(m)
     known = table(target_device().device_kind).get(shape_key(weight), {}).get(batch)
     fits = known is not None and not known.misfits(weight, batch)
-    return known if known is not None and fits else heuristic(weight, m)
+    return known if known is not None and fits else heuristic(weight, m, matrices)
 
 
 def shape_key(weight: TritonWeight) -> str:
@@ -104,13 +104,13 @@ def table(device_kind: str) -> dict[str, dict[int, Blocks]]:
     return tuned
 
 
-def heuristic(weight: TritonWeight, m: int) -> Blocks:
+def heuristic(weight: TritonWeight, m: int, matrices: int = 1) -> Blocks:
     """A configuration for m rows of x on the device that code is traced for: what the search on an H100 found
-    for most shapes."""
+    for most shapes. With several matrices in a launch each is cut into fewer programs."""
     if m == 1:
         # With groups of 32 the fewer instructions of taller programs fit the registers.
         rows = 64 if weight.group == 32 and weight.padded_rows > 8192 else 32
-        superblocks = _longest_sum(weight, weight.padded_rows // rows, WAVE)
+        superblocks = _longest_sum(weight, matrices * weight.padded_rows // rows, WAVE)
         # Two superblocks are on their way from memory while one is multiplied.
         return Blocks(rows=rows, superblocks=superblocks, warps=2, stages=3)
     batch = batch_of(m)

@@ -92,8 +92,8 @@ class Experts(nnx.Module):
     """y = Σ_e p_e W_down,e (silu(W_gate,e x) ⊙ W_up,e x) over the experts e that the router chooses for x.
 
     Router and weights p are computed in f32, whatever dtype x has: which experts are chosen changes in a
-    step. The experts' matrices are one stack for each of gate, up and down (`stack_experts`); single ones are
-    stacked here.
+    step. The experts' matrices are one stack for each of gate, up and down (`stack_experts`), or of gate and
+    up joined, and down; single ones are stacked here.
     """
 
     def __init__(self, config: ModelConfig, parameters: Mapping[str, Any]):
@@ -102,9 +102,12 @@ class Experts(nnx.Module):
         self.hidden_size = config.hidden_size
         self.router = nnx.Param(parameters["mlp.router.weight"])
         stacked = stack_experts(dict(parameters))
-        self.gate, self.up, self.down = (
-            nnx.Param(stacked[f"{EXPERTS}.{name}.weight"]) for name in EXPERT_LINEARS
-        )
+        if f"{EXPERTS}.gate_up.weight" in stacked:
+            self.gate_up = nnx.Param(stacked[f"{EXPERTS}.gate_up.weight"])
+        else:
+            self.gate_up = None
+            self.gate, self.up = (nnx.Param(stacked[f"{EXPERTS}.{name}.weight"]) for name in ("gate", "up"))
+        self.down = nnx.Param(stacked[f"{EXPERTS}.down.weight"])
 
     def __call__(self, x: Float[Array, "b t d"], tap: Tap = no_tap) -> Float[Array, "b t d"]:
         """Apply to the last axis.
@@ -125,8 +128,11 @@ class Experts(nnx.Module):
         rows = jnp.where(valid, flat[jnp.minimum(pair // slots, len(flat) - 1)], jnp.zeros((), x.dtype))
         rows = tap(f"{EXPERTS}.input", rows)
         units = mixture.moe_intermediate_size
-        gate = tap(f"{EXPERTS}.gate", grouped(rows, self.gate.get_value(), owner, units))
-        up = tap(f"{EXPERTS}.up", grouped(rows, self.up.get_value(), owner, units))
+        if self.gate_up is None:
+            gate, up = (grouped(rows, each.get_value(), owner, units) for each in (self.gate, self.up))
+        else:
+            gate, up = jnp.split(grouped(rows, self.gate_up.get_value(), owner, 2 * units), 2, axis=-1)
+        gate, up = tap(f"{EXPERTS}.gate", gate), tap(f"{EXPERTS}.up", up)
         hidden = tap(f"{EXPERTS}.hidden", jax.nn.silu(gate) * up)
         y = tap(f"{EXPERTS}.down", grouped(hidden, self.down.get_value(), owner, self.hidden_size))
         each = jnp.zeros((pairs, x.shape[-1]), jnp.float32)

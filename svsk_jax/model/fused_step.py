@@ -13,18 +13,24 @@ from pallas_kernels.decode_step import (
     MOST_QUERIES,
     Boxes,
     Product,
+    Residual,
     attend,
+    choose_experts,
     finish_gated,
     finish_residual,
+    finish_weighed,
     likeliest_over,
     product,
     why_no_exchange,
 )
 from pallas_kernels.svsk_matmul import TritonInt8Weight, TritonWeight, triton_int8, why_no_triton
-from pallas_kernels.svsk_matmul.triton_prepare import Prepared
+from pallas_kernels.svsk_matmul.triton_layout import SUPERBLOCK
+from pallas_kernels.svsk_matmul.triton_prepare import RUN, Prepared
 from pallas_kernels.svsk_matmul.tuning import batch_of
+from svsk_jax.model.config import Mixture
 from svsk_jax.model.decoder import MLP, Decoder, DecoderLayer
 from svsk_jax.model.linear import Linear, join_over, sum_over
+from svsk_jax.model.parameters import EXPERTS
 
 LARGEST_BATCH = 64
 """Sequences that a step takes."""
@@ -39,8 +45,8 @@ Caches = tuple[jax.Array, ...]
 
 def why_not_fused(model: Decoder, *, interpret: bool = False) -> str | None:
     """Why `fused_step` can't run this model here, or None if it can."""
-    if model.config.mixture is not None:
-        return "its layers are mixtures of experts"
+    if model.config.mixture is not None and model.axis is not None:
+        return "its layers are mixtures of experts, over several devices"
     if model.config.head_dim not in HEAD_DIMS:
         return f"heads have {model.config.head_dim} columns; known are {HEAD_DIMS}"
     if model.config.num_heads > MOST_QUERIES * model.config.num_kv_heads:
@@ -48,8 +54,8 @@ def why_not_fused(model: Decoder, *, interpret: bool = False) -> str | None:
     if not interpret and (reason := why_no_triton(model.dtype)) is not None:
         return reason
     for layer in model.layers:
-        for name, linear in _linears(layer).items():
-            if linear is None or not isinstance(linear.weight.get_value(), TritonWeight):
+        for name, weight in _weights(layer).items():
+            if not isinstance(weight, TritonWeight):
                 return f"{name} is not laid out for the kernels as one"
     head = _head(model)
     if not isinstance(head, TritonWeight | TritonInt8Weight):
@@ -127,10 +133,17 @@ def fused_step(
             **norm,
         )
         o = _over_devices(product(mixed, layer.o, layer.o_bias, interpret=interpret), axis)
-        stream, boxes = finish_residual(stream.x, o, layer.mlp_norm, boxes=boxes, interpret=interpret)
-        gate_up = product(stream.scaled, layer.gate_up, layer.gate_up_bias, interpret=interpret)
-        hidden = finish_gated(gate_up, stream.squares, **norm)
-        pending = _over_devices(product(hidden, layer.down, layer.down_bias, interpret=interpret), axis)
+        run = RUN if layer.router is None else SUPERBLOCK
+        stream, boxes = finish_residual(
+            stream.x, o, layer.mlp_norm, run=run, boxes=boxes, interpret=interpret
+        )
+        if layer.router is None:
+            gate_up = product(stream.scaled, layer.gate_up, layer.gate_up_bias, interpret=interpret)
+            hidden = finish_gated(gate_up, stream.squares, **norm)
+            pending = _over_devices(product(hidden, layer.down, layer.down_bias, interpret=interpret), axis)
+        else:
+            assert config.mixture is not None
+            pending = _experts(stream, layer, config.mixture, **norm)
         x = stream.x
         new_keys.append(layer_keys)
         new_values.append(layer_values)
@@ -180,6 +193,26 @@ def exchanges(model: Decoder, sequences: int, *, greedy: bool) -> int:
     return 2 * model.config.num_layers + 1 + greedy if _exchange(model, sequences) else 0
 
 
+def _experts(
+    stream: Residual, layer: "_Layer", mixture: Mixture, *, columns: int, eps: float, interpret: bool
+) -> Product:
+    """What a mixture adds to the residual stream, unfinished; each expert of a token is a row of products."""
+    slots = mixture.num_experts_per_tok
+    chosen, weights = choose_experts(
+        stream,
+        layer.mlp_norm,
+        layer.router,
+        slots=slots,
+        scaled=mixture.norm_topk_prob,
+        eps=eps,
+        interpret=interpret,
+    )
+    gate_up = product(stream.scaled, layer.gate_up, chosen=chosen, interpret=interpret)
+    hidden = finish_gated(gate_up, stream.squares, columns=columns, eps=eps, interpret=interpret)
+    down = product(hidden, layer.down, chosen=chosen, interpret=interpret)
+    return finish_weighed(down, weights, slots=slots, interpret=interpret)
+
+
 def _exchange(model: Decoder, sequences: int) -> bool:
     """Whether devices that can add up through `Boxes` do, for some sequences."""
     fits = sequences <= MOST_ROWS_EXCHANGED and why_no_exchange(sequences, model.config.hidden_size) is None
@@ -212,11 +245,15 @@ class _Layer:
     """What the step reads of a layer."""
 
     def __init__(self, layer: DecoderLayer):
-        linears = _linears(layer)
-        self.qkv, self.qkv_bias = _weight(linears["attention.qkv"])
-        self.o, self.o_bias = _weight(linears["attention.o"])
-        self.gate_up, self.gate_up_bias = _weight(linears["mlp.gate_up"])
-        self.down, self.down_bias = _weight(linears["mlp.down"])
+        weights = _weights(layer)
+        assert all(isinstance(weight, TritonWeight) for weight in weights.values())
+        self.qkv, self.o, self.gate_up, self.down = weights.values()
+        self.qkv_bias, self.o_bias = _bias(layer.attention.qkv), _bias(layer.attention.o)
+        if isinstance(layer.mlp, MLP):
+            self.router = None
+            self.gate_up_bias, self.down_bias = _bias(layer.mlp.gate_up), _bias(layer.mlp.down)
+        else:
+            self.router = layer.mlp.router.get_value()
         self.input_norm, self.mlp_norm = (
             norm.scale.get_value() for norm in (layer.input_norm, layer.mlp_norm)
         )
@@ -226,21 +263,25 @@ class _Layer:
         )
 
 
-def _linears(layer: DecoderLayer) -> dict[str, Linear | None]:
-    assert isinstance(layer.mlp, MLP)
-    return {
-        "attention.qkv": layer.attention.qkv,
-        "attention.o": layer.attention.o,
-        "mlp.gate_up": layer.mlp.gate_up,
-        "mlp.down": layer.mlp.down,
+def _weights(layer: DecoderLayer) -> dict[str, Any]:
+    """What a layer multiplies by, as it is held; None for what it holds in parts."""
+    mlp = layer.mlp
+    if isinstance(mlp, MLP):
+        held = {"mlp.gate_up": mlp.gate_up, "mlp.down": mlp.down}
+        held = {name: None if linear is None else linear.weight for name, linear in held.items()}
+    else:
+        held = {f"{EXPERTS}.gate_up": mlp.gate_up, f"{EXPERTS}.down": mlp.down}
+    qkv = layer.attention.qkv
+    found = {
+        "attention.qkv": None if qkv is None else qkv.weight,
+        "attention.o": layer.attention.o.weight,
+        **held,
     }
+    return {name: None if weight is None else weight.get_value() for name, weight in found.items()}
 
 
-def _weight(linear: Linear | None) -> tuple[TritonWeight, jax.Array | None]:
-    assert linear is not None
-    weight = linear.weight.get_value()
-    assert isinstance(weight, TritonWeight)
-    return weight, None if linear.bias is None else linear.bias.get_value()
+def _bias(linear: Linear | None) -> jax.Array | None:
+    return None if linear is None or linear.bias is None else linear.bias.get_value()
 
 
 def _head(model: Decoder) -> Any:

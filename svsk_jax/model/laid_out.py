@@ -17,7 +17,12 @@ from pallas_kernels.svsk_matmul import (
     why_no_triton,
 )
 from svsk_jax.model.experts import is_stack, stack_experts
-from svsk_jax.model.parameters import JOINED_LINEARS
+from svsk_jax.model.parameters import EXPERTS, JOINED_LINEARS
+
+JOINED = JOINED_LINEARS | {f"{EXPERTS}.gate_up": (f"{EXPERTS}.gate", f"{EXPERTS}.up")}
+"""Linears that are joined: those of a layer, and of its stacks of experts."""
+_lay_out_stack = jax.jit(jax.vmap(lay_out))
+_transpose_stack = jax.jit(jax.vmap(transpose))
 
 
 def lay_out_for_device(parameters: dict[str, Any], dtype: DTypeLike) -> dict[str, Any]:
@@ -35,12 +40,13 @@ def lay_out_for_device(parameters: dict[str, Any], dtype: DTypeLike) -> dict[str
 
 def lay_out_parameters(parameters: MutableMapping[str, Any]) -> dict[str, Any]:
     """The parameters with their packed matrices laid out for the kernels, and those that read the same input
-    joined (`JOINED_LINEARS`) where all are packed with the same kind of scales.
+    joined (`JOINED`) where all are packed with the same kind of scales.
 
     Takes them out of `parameters` on the way, so that no more than one is held twice.
     """
     result = {}
-    for joined, names in JOINED_LINEARS.items():
+    parameters = stack_experts(parameters)
+    for joined, names in JOINED.items():
         for first in [path for path in parameters if path.endswith(f"{names[0]}.weight")]:
             prefix = first.removesuffix(f"{names[0]}.weight")
             weights = [parameters[f"{prefix}{name}.weight"] for name in names]
@@ -48,24 +54,26 @@ def lay_out_parameters(parameters: MutableMapping[str, Any]) -> dict[str, Any]:
                 continue
             if len({weight.scale_kind for weight in weights}) > 1:
                 continue
-            result[f"{prefix}{joined}.weight"] = lay_out(weights)
+            join = _lay_out_stack if is_stack(first) else lay_out
+            result[f"{prefix}{joined}.weight"] = join(weights)
             biases = [f"{prefix}{name}.bias" for name in names]
             if biases[0] in parameters:
                 result[f"{prefix}{joined}.bias"] = jnp.concatenate([parameters.pop(bias) for bias in biases])
             for name in names:
                 del parameters[f"{prefix}{name}.weight"]
-    return result | _each(parameters, lay_out, jax.jit(lay_out_int8))
+    return result | _each(parameters, lay_out, _lay_out_stack, jax.jit(lay_out_int8))
 
 
 def transpose_parameters(parameters: MutableMapping[str, Any]) -> dict[str, Any]:
     """The parameters with their packed matrices laid out for products on a CPU, taken out of `parameters` on
     the way."""
-    return _each(parameters, transpose, jax.jit(transpose_int8))
+    return _each(parameters, transpose, _transpose_stack, jax.jit(transpose_int8))
 
 
 def _each(
     parameters: MutableMapping[str, Any],
     packed: Callable[[SVSKWeight], Any],
+    stack: Callable[[SVSKWeight], Any],
     int8: Callable[[Int8Weight], Any],
 ) -> dict[str, Any]:
     result = {}
@@ -73,7 +81,7 @@ def _each(
     for path in list(parameters):
         value = parameters.pop(path)
         if isinstance(value, SVSKWeight):
-            value = jax.jit(jax.vmap(packed))(value) if is_stack(path) else packed(value)
+            value = stack(value) if is_stack(path) else packed(value)
         elif isinstance(value, Int8Weight):
             value = int8(value)
         result[path] = value

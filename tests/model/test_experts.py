@@ -139,9 +139,9 @@ def test_a_gradient_keeps_no_weights_for_each_block():
     assert analysis.temp_size_in_bytes < 4 * x.nbytes + W.nbytes < 64 * W[0].nbytes
 
 
-def test_the_fused_step_says_no():
-    decoder = Decoder(CONFIG, random_parameters(CONFIG, 0))
-    assert why_not_fused(decoder) == "its layers are mixtures of experts"
+def test_the_fused_step_says_no_to_several_devices():
+    decoder = Decoder(CONFIG, random_parameters(CONFIG, 0), axis="model")
+    assert why_not_fused(decoder) == "its layers are mixtures of experts, over several devices"
 
 
 @pytest.mark.parametrize(

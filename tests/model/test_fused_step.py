@@ -11,10 +11,10 @@ from support import TINY
 from weights import random_int8, random_weight
 
 from pallas_kernels.decode_step.attention import splits_of
-from svsk_jax.model import Decoder, KVCache
+from svsk_jax.model import Decoder, KVCache, Mixture
 from svsk_jax.model.fused_step import batch_bucket, fused_step, why_not_fused
 from svsk_jax.model.laid_out import lay_out_parameters
-from svsk_jax.model.parameters import QUANTIZED_LINEARS, random_parameters
+from svsk_jax.model.parameters import quantized_paths, random_parameters
 
 # Interpreted kernels take seconds to compile, in every layer again.
 BASE = dataclasses.replace(
@@ -24,6 +24,13 @@ step = jax.jit(partial(fused_step, interpret=True))
 # Operation by operation, the stored weights' tiles take hundreds of programs.
 run = jax.jit(lambda model, tokens: model(tokens))
 extend = jax.jit(lambda model, tokens, cache: model.extend(tokens, cache)[1])
+MIXTURE = Mixture(
+    num_experts=5,
+    num_experts_per_tok=3,
+    moe_intermediate_size=72,
+    norm_topk_prob=True,
+    decoder_sparse_step=2,
+)
 CONFIGS = {
     "one key head of 64": (BASE, {"ranks": (1, 3)}),
     "heads of 128 with norms": (
@@ -37,6 +44,10 @@ CONFIGS = {
         {"coefficients": None},
     ),
     "a head in 4 bits": (BASE, {"group": 32, "embedding": {"group": 16}}),
+    "a mixture behind a dense layer": (
+        dataclasses.replace(BASE, num_layers=2, mixture=MIXTURE),
+        {"ranks": (1, 3)},
+    ),
     "flat scales, two layers": (
         dataclasses.replace(BASE, num_layers=2),
         {"flat": True, "group": 64, "coefficients": None, "ranks": 2},
@@ -46,11 +57,11 @@ CONFIGS = {
 
 def packed_parameters(config, embedding=None, **form):
     rng = np.random.default_rng(0)
-    parameters = dict(random_parameters(config, 0))
+    parameters, quantized = dict(random_parameters(config, 0)), quantized_paths(config)
     for path, value in parameters.items():
-        if any(path.endswith(f"{name}.weight") for name in QUANTIZED_LINEARS):
+        if path.removesuffix(".weight") in quantized:
             parameters[path] = random_weight(rng, *value.shape, **{"tile": (64, 0), **form})
-        elif len(value.shape) == 2:
+        elif len(value.shape) == 2 and "router" not in path:
             parameters[path] = (
                 random_int8(rng, *value.shape)
                 if embedding is None
@@ -83,7 +94,12 @@ def test_one_sequence(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["heads of 128 with norms", "biases, a window, a head of its own, no sidecar", "a head in 4 bits"],
+    [
+        "heads of 128 with norms",
+        "a mixture behind a dense layer",
+        "biases, a window, a head of its own, no sidecar",
+        "a head in 4 bits",
+    ],
 )
 def test_sequences_of_different_lengths(name):
     exact, model = models(name)

@@ -1,0 +1,165 @@
+"""The kernels of a mixture of experts between products: which experts each token has, and what their outputs
+add up to."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.decode_step.launch import launch
+from pallas_kernels.decode_step.product import (
+    WIDTH,
+    Product,
+    finishing,
+    inverse_rms,
+    load_squares,
+    plane_columns,
+    starts,
+)
+from pallas_kernels.decode_step.residual import Residual
+from pallas_kernels.svsk_matmul.layout import ceil_div
+from pallas_kernels.svsk_matmul.triton_layout import PLANE
+from pallas_kernels.svsk_matmul.triton_operands import Refs, abstract
+from pallas_kernels.svsk_matmul.triton_prepare import PLANES
+
+ROUTER, CHOICE, WEIGHED = "svsk_router", "svsk_choice", "svsk_weighed"
+ROUTER_WARPS, CHOICE_WARPS, WEIGHED_WARPS = 4, 1, 8
+TALL, WIDE = 4, 1024
+"""Experts that a program of the router takes, and columns at a time."""
+UNLIKELY = -1e30
+"""In place of the logit of what is no expert, or was chosen."""
+
+
+def _router(ref: Refs, block: jax.Array, item: jax.Array, *, eps: float) -> None:
+    experts, columns = ref["router"].shape
+    expert = block * TALL + lax.broadcasted_iota(jnp.int32, (TALL, 1), 0)
+    squares = load_squares(ref, item)
+    total = jnp.zeros((TALL, WIDE), jnp.float32)
+    for first in range(0, columns, WIDE):
+        column = first + lax.broadcasted_iota(jnp.int32, (1, WIDE), 1)
+        inside = column < columns
+        x = plgpu.load(ref["x"].at[item, column], mask=inside, other=0.0)
+        x *= plgpu.load(ref["scale"].at[column], mask=inside, other=0).astype(jnp.float32)
+        mask = inside & (expert < experts)
+        weights = plgpu.load(
+            ref["router"].at[jnp.broadcast_to(expert, mask.shape), jnp.broadcast_to(column, mask.shape)],
+            mask=mask,
+            other=0,
+        )
+        total += weights.astype(jnp.float32) * x
+    logits = jnp.sum(total, axis=1)[:, None] * inverse_rms(squares, columns, eps)
+    plgpu.store(ref["logits"].at[item, expert], logits, mask=expert < experts)
+
+
+def _choice(ref: Refs, item: jax.Array, _: jax.Array, *, slots: int, scaled: bool) -> None:
+    experts = ref["logits"].shape[1]
+    expert = lax.broadcasted_iota(jnp.int32, (1 << (experts - 1).bit_length(),), 0)
+    logits = plgpu.load(ref["logits"].at[item, expert], mask=expert < experts, other=UNLIKELY)
+    largest = jnp.max(logits)
+    every, chosen = jnp.sum(jnp.exp(logits - largest)), jnp.float32(0)
+    slot = lax.broadcasted_iota(jnp.int32, (1 << (slots - 1).bit_length(),), 0)
+    which, weight = jnp.zeros(slot.shape, jnp.int32), jnp.zeros(slot.shape, jnp.float32)
+    for index in range(slots):
+        best = jnp.max(logits)
+        # The first of several.
+        place = jnp.min(jnp.where(logits == best, expert, experts - 1))
+        p = jnp.exp(best - largest)
+        chosen += p
+        which, weight = jnp.where(slot == index, place, which), jnp.where(slot == index, p, weight)
+        logits = jnp.where(expert == place, UNLIKELY, logits)
+    index = item * slots + slot
+    plgpu.store(ref["chosen"].at[index], which, mask=slot < slots)
+    plgpu.store(ref["weights"].at[index], weight / (chosen if scaled else every), mask=slot < slots)
+
+
+@partial(jax.jit, static_argnames=("slots", "scaled", "eps", "interpret"))
+def choose_experts(
+    stream: Residual,
+    scale: Float[Array, "d"],
+    router: Float[Array, "e d"],
+    *,
+    slots: int,
+    scaled: bool,
+    eps: float,
+    interpret: bool = False,
+) -> tuple[Int[Array, "c"], Float[Array, "c"]]:
+    """The `slots` experts of each of m tokens with the largest softmax(router · norm(x)), int32 [slots · m],
+    and those probabilities, f32: p, or p / Σ p of a token's where they are `scaled`. The likeliest comes
+    first, of equal ones the first.
+
+    Args:
+        stream: the residual stream x.
+        scale: of the RMSNorm.
+        router: a row for each expert.
+        slots: experts of a token.
+        scaled: whether they add up to 1.
+        eps: of the RMSNorm.
+        interpret: run in interpret mode.
+    """
+    (m, _), experts = stream.x.shape, len(router)
+    [logits] = launch(
+        partial(_router, eps=eps),
+        ROUTER,
+        {"x": stream.x, "squares": stream.squares, "scale": scale, "router": router},
+        {"logits": jax.ShapeDtypeStruct((m, experts), jnp.float32)},
+        programs=ceil_div(experts, TALL),
+        rows=m,
+        warps=ROUTER_WARPS,
+        interpret=interpret,
+    )
+    chosen, weights = launch(
+        partial(_choice, slots=slots, scaled=scaled),
+        CHOICE,
+        {"logits": logits},
+        {
+            "chosen": jax.ShapeDtypeStruct((slots * m,), jnp.int32),
+            "weights": jax.ShapeDtypeStruct((slots * m,), jnp.float32),
+        },
+        programs=m,
+        rows=1,
+        warps=CHOICE_WARPS,
+        interpret=interpret,
+    )
+    return chosen, weights
+
+
+def _weighed(ref: Refs, superblock: jax.Array, item: jax.Array, *, product: Product) -> None:
+    slots, _, columns = ref["sums"].shape
+    column = plane_columns(superblock)
+    rows = [starts(superblock * WIDTH, PLANES, PLANE)]
+    finish = finishing(ref, product, item, rows, PLANE, threads=32 * WEIGHED_WARPS)
+    weight = plgpu.load(ref["weights"].at[item])
+    [y] = finish()
+    token, slot = lax.div(item, jnp.int32(slots)), lax.rem(item, jnp.int32(slots))
+    plgpu.store(ref["sums"].at[slot, token, column], weight * y, mask=column < columns)
+
+
+@partial(jax.jit, static_argnames=("slots", "interpret"))
+def finish_weighed(
+    product: Product, weights: Float[Array, "c"], *, slots: int, interpret: bool = False
+) -> Product:
+    """Σ weight · y over the rows y of each token, itself unfinished: its parts are a token's rows.
+
+    Args:
+        product: with `chosen`, `slots` rows for each token one after another.
+        weights: of the rows, f32.
+        slots: experts of a token.
+        interpret: run in interpret mode.
+    """
+    bare = dataclasses.replace(product.weight, v=None, v_scale=None, u=None, ranges=None)
+    rows, columns = product.parts.shape[1], product.weight.padded_rows
+    [sums] = launch(
+        partial(_weighed, product=abstract(product)),
+        WEIGHED,
+        {"weights": weights, **product.operands},
+        {"sums": jax.ShapeDtypeStruct((slots, rows // slots, columns), jnp.float32)},
+        programs=ceil_div(columns, WIDTH),
+        rows=rows,
+        warps=WEIGHED_WARPS,
+        interpret=interpret,
+    )
+    return Product(parts=sums, weight=bare)
