@@ -51,8 +51,13 @@ def abstract_step(lengths, config=CONFIG, embedding="int8"):
         lambda key: lay_out_parameters(packed_parameters(config, key, embedding=embedding)), jax.random.key(0)
     )
     batch = BATCH if lengths is None else lengths.shape[0]
-    keys = jax.ShapeDtypeStruct((batch, 16, CONFIG.num_kv_heads, CONFIG.head_dim), jnp.bfloat16)
-    return weights, (keys,) * CONFIG.num_layers
+    keys = jax.ShapeDtypeStruct((batch, 16, config.num_kv_heads, config.head_dim), jnp.bfloat16)
+    return weights, (keys,) * config.num_layers
+
+
+MIXTURE = dataclasses.replace(
+    KNOWN["Qwen3-30B-A3B"], num_layers=2, vocab_size=4096, tie_word_embeddings=False
+)
 
 
 def check_nothing_large_moves(weights, text):
@@ -164,4 +169,32 @@ def test_the_fused_step(batch, embedding):
     assert len(re.findall(r" = .*? fusion\(", text)) <= 12
     spilled = {kernel.name: kernel.spilled_bytes for kernel in program.kernels if kernel.spilled_bytes > 32}
     assert not spilled
+    check_nothing_large_moves(weights, text)
+
+
+@pytest.mark.parametrize("batch", [1, BATCH])
+def test_the_fused_step_of_a_mixture(batch):
+    tokens = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    weights, cache = abstract_step(tokens, MIXTURE)
+
+    def fused(parameters, tokens, keys, values, lengths):
+        return fused_step(
+            Decoder(MIXTURE, parameters, jnp.bfloat16), tokens, keys, values, lengths, greedy=True
+        )
+
+    program = aot.compile_for(fused, (weights, tokens, cache, cache, tokens), "sm_90")
+    text = program.text
+    assert not alone(program)
+    own = ("svsk_router", "svsk_choice", "svsk_weighed")
+    of_experts = Counter(dict.fromkeys(own, MIXTURE.num_layers))
+    if batch > 1:
+        # Experts' products take a row each, others all rows.
+        of_experts += Counter({"svsk_decode": 2 * MIXTURE.num_layers})
+        of_experts.subtract({"svsk_rows": 2 * MIXTURE.num_layers})
+    expected = of_a_step(batch)
+    expected.update(of_experts)
+    assert launches(text) == expected
+    # Attention keeps eight queries for a key head, with and without experts.
+    spilled = {kernel.name for kernel in program.kernels if kernel.spilled_bytes > 32}
+    assert spilled <= {"svsk_attend"}
     check_nothing_large_moves(weights, text)
