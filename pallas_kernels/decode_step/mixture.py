@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels.decode_step.launch import launch
 from pallas_kernels.decode_step.product import (
     WIDTH,
+    Chosen,
     Product,
     finishing,
     inverse_rms,
@@ -26,10 +27,12 @@ from pallas_kernels.svsk_matmul.triton_layout import PLANE
 from pallas_kernels.svsk_matmul.triton_operands import Refs, abstract
 from pallas_kernels.svsk_matmul.triton_prepare import PLANES
 
-ROUTER, CHOICE, WEIGHED = "svsk_router", "svsk_choice", "svsk_weighed"
-ROUTER_WARPS, CHOICE_WARPS, WEIGHED_WARPS = 4, 1, 8
+ROUTER, CHOICE, ORDER, WEIGHED = "svsk_router", "svsk_choice", "svsk_order", "svsk_weighed"
+ROUTER_WARPS, CHOICE_WARPS, ORDER_WARPS, WEIGHED_WARPS = 4, 1, 4, 8
 TALL, WIDE = 4, 1024
 """Experts that a program of the router takes, and columns at a time."""
+SIDE = 64
+"""Rows whose places a program finds, and that it compares them with at a time."""
 UNLIKELY = -1e30
 """In place of the logit of what is no expert, or was chosen."""
 
@@ -76,6 +79,22 @@ def _choice(ref: Refs, item: jax.Array, _: jax.Array, *, slots: int, scaled: boo
     plgpu.store(ref["weights"].at[index], weight / (chosen if scaled else every), mask=slot < slots)
 
 
+def _order(ref: Refs, block: jax.Array, _: jax.Array) -> None:
+    """A row's place is the number of rows that come before it."""
+    (rows,) = ref["chosen"].shape
+    row = block * SIDE + lax.broadcasted_iota(jnp.int32, (SIDE, 1), 0)
+    own = plgpu.load(ref["chosen"].at[row], mask=row < rows, other=0)
+
+    def some(i, place):
+        other = i * SIDE + lax.broadcasted_iota(jnp.int32, (1, SIDE), 1)
+        theirs = plgpu.load(ref["chosen"].at[other], mask=other < rows, other=0)
+        before = (theirs < own) | ((theirs == own) & (other < row))
+        return place + jnp.sum((before & (other < rows)).astype(jnp.int32), axis=1)[:, None]
+
+    place = lax.fori_loop(0, ceil_div(rows, SIDE), some, jnp.zeros((SIDE, 1), jnp.int32))
+    plgpu.store(ref["order"].at[jnp.where(row < rows, place, row)], row)
+
+
 @partial(jax.jit, static_argnames=("slots", "scaled", "eps", "interpret"))
 def choose_experts(
     stream: Residual,
@@ -86,9 +105,9 @@ def choose_experts(
     scaled: bool,
     eps: float,
     interpret: bool = False,
-) -> tuple[Int[Array, "c"], Float[Array, "c"]]:
-    """The `slots` experts of each of m tokens with the largest softmax(router · norm(x)), int32 [slots · m],
-    and those probabilities, f32: p, or p / Σ p of a token's where they are `scaled`. The likeliest comes
+) -> tuple[Chosen, Float[Array, "c"]]:
+    """The `slots` experts of each of m tokens with the largest softmax(router · norm(x)), and those
+    probabilities, f32 [slots · m]: p, or p / Σ p of a token's where they are `scaled`. The likeliest comes
     first, of equal ones the first.
 
     Args:
@@ -124,7 +143,21 @@ def choose_experts(
         warps=CHOICE_WARPS,
         interpret=interpret,
     )
-    return chosen, weights
+    if m == 1:
+        # All of a token's are different.
+        return Chosen(chosen, None), weights
+    blocks = ceil_div(slots * m, SIDE)
+    [order] = launch(
+        _order,
+        ORDER,
+        {"chosen": chosen},
+        {"order": jax.ShapeDtypeStruct((SIDE * blocks,), jnp.int32)},
+        programs=blocks,
+        rows=1,
+        warps=ORDER_WARPS,
+        interpret=interpret,
+    )
+    return Chosen(chosen, order), weights
 
 
 def _weighed(ref: Refs, superblock: jax.Array, item: jax.Array, *, product: Product) -> None:

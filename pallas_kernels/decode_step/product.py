@@ -24,6 +24,16 @@ WIDTH = PLANES * PLANE
 """Columns that a program finishes: a superblock of the next product's x."""
 
 
+class Chosen(NamedTuple):
+    """Which matrix of a stack each of m rows of a product has."""
+
+    matrices: jax.Array
+    """int32 [m]."""
+    order: jax.Array | None
+    """int32, at least m: in which a launch takes the rows. Those with the same matrix come one after another,
+    so that it is read from memory once. None: as they are."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Product:
@@ -33,13 +43,14 @@ class Product:
     """f32 [parts, m, rows]: of x Ŵᵀ without sidecar for the weight's padded rows, and after them of x Vᵀ."""
     weight: TritonWeight
     bias: Leaf | None = None
-    chosen: Leaf | None = None
-    """int32 [m]: which matrix of a stack each row has, where `weight` is one."""
+    chosen: Chosen | None = None
+    """Where `weight` is a stack."""
 
     @property
     def operands(self) -> dict[str, jax.Array]:
         """What a kernel that finishes it reads, by name."""
-        found = {"parts": self.parts, "bias": self.bias, "layer": self.chosen}
+        found = {"parts": self.parts, "bias": self.bias}
+        found["layer"] = None if self.chosen is None else self.chosen.matrices
         found |= {name: getattr(self.weight, name) for name in ("v_scale", "u", "ranges")}
         return {name: value for name, value in found.items() if value is not None}
 
@@ -50,7 +61,7 @@ def product(
     weight: TritonWeight,
     bias: jax.Array | None = None,
     *,
-    chosen: jax.Array | None = None,
+    chosen: Chosen | None = None,
     interpret: bool = False,
 ) -> Product:
     """x Ŵᵀ + bias, unfinished. m is 1, or a multiple of what `batch_of` says of it; with `chosen` any number.
@@ -59,8 +70,8 @@ def product(
         x: m rows of K columns.
         weight: laid out for the kernels.
         bias: [n] for the weight's rows without padding, or None.
-        chosen: int32 [c m], where `weight` is a stack: each row of x has c results one after another, of the
-            matrices that these name. x is in runs of 256 columns then.
+        chosen: of c m rows, where `weight` is a stack: each row of x has c results one after another, of
+            these matrices. x is in runs of 256 columns then.
         interpret: run in interpret mode.
 
     Raises:
@@ -68,8 +79,10 @@ def product(
     """
     m = x.unit.shape[0]
     if chosen is not None:
-        blocks = configuration(weight, 1, matrices=len(chosen))
-        parts = triton_decode.partial_products(x, weight, blocks, layer=chosen, interpret=interpret)
+        blocks = configuration(weight, 1, matrices=len(chosen.matrices))
+        parts = triton_decode.partial_products(
+            x, weight, blocks, layer=chosen.matrices, order=chosen.order, interpret=interpret
+        )
         return Product(parts=parts, weight=weight, chosen=chosen)
     if m % batch_of(m):
         raise ValueError(f"decode step: {m} rows of x; expected 1, 8, 16, 32 or a multiple of 64: pad them")

@@ -44,8 +44,11 @@ def _kernel(
     *refs, names: tuple[str, ...], weight: TritonWeight, rows: int, superblocks: int, shared: int, asm: bool
 ):
     ref = named(names, refs)
-    at = stack_index(ref, pl.program_id(2))
-    source = lax.div(pl.program_id(2), jnp.int32(shared))
+    item = pl.program_id(2)
+    if "order" in ref:
+        item = plgpu.load(ref["order"].at[item])
+    at = stack_index(ref, item)
+    source = lax.div(item, jnp.int32(shared))
     block, part = pl.program_id(0), pl.program_id(1)
     blocks = weight.padded_rows // rows
     first = part * superblocks
@@ -130,7 +133,8 @@ def _kernel(
         return jnp.sum(total, axis=1) * (1 / UNITS[0])
 
     result = base() if weight.v is None else lax.cond(block < blocks, base, sidecar)
-    ref["out"][...] = result
+    row = block * rows + lax.broadcasted_iota(jnp.int32, (rows,), 0)
+    plgpu.store(ref["out"].at[part, item, row], result)
 
 
 def partial_products(
@@ -139,6 +143,7 @@ def partial_products(
     blocks: Blocks,
     *,
     layer: jax.Array | None = None,
+    order: jax.Array | None = None,
     interpret: bool = False,
 ) -> Float[Array, "parts m rows"]:
     """Parts of x Ŵᵀ without sidecar, for the weight's padded rows, and after them of x Vᵀ; f32.
@@ -149,6 +154,7 @@ def partial_products(
         blocks: configuration.
         layer: index into the stack, int32, or [m], one for each row of the result: then each row of x is that
             of m / rows of x rows one after another.
+        order: int32, at least m, in which programs take these rows, or None as they are.
         interpret: run in interpret mode.
     """
     parts = weight.superblocks // blocks.superblocks
@@ -158,6 +164,7 @@ def partial_products(
     fields = ("words", "scales", "constants", "super_scales", "v", "ranges")
     values = x.values.reshape(-1, len(x.unit), SUPERBLOCK)
     operands = {"x": values, "unit": x.unit, **weight_operands(weight, fields, layer)}
+    operands |= {} if order is None else {"order": order}
     body = partial(
         _kernel,
         names=tuple(operands),
@@ -170,7 +177,6 @@ def partial_products(
     return pl.pallas_call(
         body,
         grid=grid,
-        out_specs=pl.BlockSpec((None, None, blocks.rows), lambda i, k, r: (k, r, i)),
         out_shape=jax.ShapeDtypeStruct((parts, m, grid[0] * blocks.rows), jnp.float32),
         compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,

@@ -189,7 +189,7 @@ def test_the_fused_step_of_a_mixture(batch):
     of_experts = Counter(dict.fromkeys(own, MIXTURE.num_layers))
     if batch > 1:
         # Experts' products take a row each, others all rows.
-        of_experts += Counter({"svsk_decode": 2 * MIXTURE.num_layers})
+        of_experts += Counter({"svsk_decode": 2 * MIXTURE.num_layers, "svsk_order": MIXTURE.num_layers})
         of_experts.subtract({"svsk_rows": 2 * MIXTURE.num_layers})
     expected = of_a_step(batch)
     expected.update(of_experts)
