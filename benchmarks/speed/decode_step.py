@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from benchmarks.speed.models import dense_parameters, packed_parameters
 from benchmarks.speed.read_floor import CHUNKS, read
 from svsk_jax.known_models import KNOWN
 from svsk_jax.model import Decoder, ModelConfig
+from svsk_jax.model.experts import Experts
 from svsk_jax.model.fused_step import batch_bucket
 from svsk_jax.model.laid_out import lay_out_parameters
 from svsk_jax.runtime import steps
@@ -68,11 +70,16 @@ def decoder(config: ModelConfig, form: str) -> Decoder:
 
 
 def bytes_of_a_step(model: Decoder, batch: int, context: int) -> int:
-    """Of the weights, without a table that only looks tokens up, and of keys and values."""
-    config = model.config
+    """Of the weights, without a table that only looks tokens up, and of keys and values. Of experts those
+    that a step reads on average where all are as likely."""
+    config, mixture = model.config, model.config.mixture
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
     if not config.tie_word_embeddings:
         weights -= sum(leaf.nbytes for leaf in jax.tree.leaves(model.embedding))
+    if mixture is not None:
+        unread = (1 - mixture.num_experts_per_tok / mixture.num_experts) ** batch
+        experts = [layer.mlp for layer in model.layers if isinstance(layer.mlp, Experts)]
+        weights -= round(unread * sum(leaf.nbytes for leaf in jax.tree.leaves(experts)))
     return weights + cache_bytes(config, batch, context)
 
 
@@ -102,7 +109,8 @@ def filled(config: ModelConfig, batch: int, context: int, *, fused: bool) -> ste
         return tuple(jnp.full(shape, 0.01, jnp.bfloat16) for _ in range(config.num_layers))
 
     length = jnp.full((batch,), context, jnp.int32) if fused else jnp.int32(context)
-    return steps.State(caches(), caches(), length, jnp.zeros(batch, jnp.int32))
+    # Of a mixture, each text has experts of its own.
+    return steps.State(caches(), caches(), length, jnp.arange(batch, dtype=jnp.int32))
 
 
 def step_seconds(model: Decoder, batch: int, context: int, *, fused: bool) -> float:
@@ -143,13 +151,15 @@ def prefill_seconds(model: Decoder, tokens: int) -> float:
     return median_seconds(lambda: run(*arguments))
 
 
-def measure(name: str, form: str, rate: float) -> tuple[list[Case], dict[int, float]]:
+def measure(
+    name: str, form: str, rate: float, contexts: Sequence[int], prompts: Sequence[int]
+) -> tuple[list[Case], dict[int, float]]:
     """Cases of a model in one form, and seconds to the first token by length of the prompt."""
     config = KNOWN[name]
     model = decoder(config, form)
     fused = form != "bf16"
     cases = []
-    for context in CONTEXTS:
+    for context in contexts:
         for batch in BATCHES:
             held = batch_bucket(batch) if fused else batch
             room = memory() * ROOM - sum(leaf.nbytes for leaf in jax.tree.leaves(model))
@@ -169,7 +179,7 @@ def measure(name: str, form: str, rate: float) -> tuple[list[Case], dict[int, fl
                 )
             )
             print(describe(cases[-1]), flush=True)
-    prefill = {tokens: prefill_seconds(model, tokens) for tokens in PROMPTS}
+    prefill = {tokens: prefill_seconds(model, tokens) for tokens in prompts}
     print(
         f"{name}, {form}: first token after", {n: f"{1e3 * s:.1f} ms" for n, s in prefill.items()}, flush=True
     )
@@ -236,6 +246,8 @@ def main() -> None:
     )
     parser.add_argument("--models", nargs="+", default=["Qwen3-8B", "Qwen3-4B", "Qwen3-0.6B"], choices=KNOWN)
     parser.add_argument("--forms", nargs="+", default=[*FORMS, "bf16"], choices=[*FORMS, "bf16"])
+    parser.add_argument("--contexts", nargs="+", type=int, default=CONTEXTS)
+    parser.add_argument("--prompts", nargs="*", type=int, default=PROMPTS)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", nargs=2, type=Path, metavar=("JSON", "SVG"))
     flags = parser.parse_args()
@@ -258,7 +270,7 @@ def main() -> None:
     }
     for name in flags.models:
         for form in flags.forms:
-            cases, prefill = measure(name, form, rate)
+            cases, prefill = measure(name, form, rate, flags.contexts, flags.prompts)
             document["cases"] += [dataclasses.asdict(case) for case in cases]
             document["first token, ms"][f"{name}, {form}"] = {n: 1e3 * s for n, s in prefill.items()}
             if flags.json:

@@ -22,24 +22,33 @@ from pallas_kernels.svsk_matmul.triton_prepare import PLANES, Prepared, abstract
 NAME = "svsk_attend"
 POSITIONS = 64
 """Positions that a program takes at a time."""
-WARPS, STAGES = 4, 3
+WARPS, WARPS_OF_FEW, STAGES = 4, 8, 3
+"""Of a program, and where no multiprocessor has more than one."""
 MOST_QUERIES = 16
 """Of a key head."""
 PROGRAMS = 128
 """Programs that fill a GPU."""
 MOST_SPLITS = 32
-SPLITS = 16
-"""Of the positions, beyond which another costs more to join than it saves, unless it has `BLOCKS`."""
+SPLITS, JOINED = 16, 8192
+"""Of the positions, and numbers of a key head in all of them, beyond which another split costs more to join
+than it saves, unless it has `BLOCKS`."""
 BLOCKS = 4
 NOTHING = -1e30
 """The largest score of no position."""
 
 
-def splits_of(capacity: int, programs: int) -> int:
-    """Into how many parts the positions are split, a power of two, for so many programs without."""
+def splits_of(capacity: int, programs: int, numbers: int) -> int:
+    """Into how many parts the positions are split, a power of two, for so many programs without.
+
+    Args:
+        capacity: positions of the cache.
+        programs: texts times key heads.
+        numbers: of all queries of a key head.
+    """
     blocks = 1 << (capacity // POSITIONS).bit_length() >> 1
     wanted = 1 << (PROGRAMS // programs).bit_length() >> 1
-    return max(1, min(wanted, max(min(blocks, SPLITS), min(blocks // BLOCKS, MOST_SPLITS))))
+    few = 1 << (min(SPLITS, max(1, JOINED // numbers))).bit_length() >> 1
+    return max(1, min(wanted, max(min(blocks, few), min(blocks // BLOCKS, MOST_SPLITS))))
 
 
 def keys_together(heads: Heads) -> int:
@@ -63,6 +72,7 @@ def _attend(
     heads: Heads,
     columns: int,
     eps: float,
+    warps: int,
     interpret: bool,
 ) -> None:
     head, split = lax.div(program, jnp.int32(splits)), lax.rem(program, jnp.int32(splits))
@@ -71,7 +81,7 @@ def _attend(
     # The new position is at `slot`; those before it are read from the cache.
     length = plgpu.load(ref["lengths"].at[item])
     finish = finishing_heads(
-        ref, head, item, product=product, heads=heads, columns=columns, eps=eps, threads=32 * WARPS
+        ref, head, item, product=product, heads=heads, columns=columns, eps=eps, threads=32 * warps
     )
     slot = jnp.minimum(length, capacity - 1)
     begin = jnp.maximum(length + 1 - window, 0)
@@ -237,7 +247,8 @@ def attend(
         raise NotImplementedError(
             f"attend: {heads.queries} heads on {num_keys} key heads; at most {MOST_QUERIES} of each are taken"
         )
-    splits = splits_of(capacity, num_keys * m)
+    splits = splits_of(capacity, num_keys * m, heads.queries_per_key * dim)
+    warps = WARPS_OF_FEW if num_keys * m * splits <= PROGRAMS else WARPS
     operands = {"squares": squares, "cos": turns[0], "sin": turns[1], "lengths": lengths}
     operands |= product.operands
     if norms is not None:
@@ -267,6 +278,7 @@ def attend(
             heads=heads,
             columns=columns,
             eps=eps,
+            warps=warps,
             interpret=interpret,
         ),
         NAME,
@@ -274,7 +286,7 @@ def attend(
         results,
         programs=num_keys * splits,
         rows=m,
-        warps=WARPS,
+        warps=warps,
         stages=STAGES,
         in_place={"keys": "new_keys", "values": "new_values", "counts": "arrivals"},
         interpret=interpret,

@@ -123,11 +123,22 @@ def test_sequences_of_different_lengths(name):
 
 
 @pytest.mark.parametrize(
-    ("capacity", "programs", "splits"),
-    [(8, 8, 1), (128, 16, 2), (1088, 8, 16), (1088, 4, 16), (8256, 4, 32), (8256, 64, 2), (8256, 512, 1)],
+    ("capacity", "programs", "numbers", "splits"),
+    [
+        (8, 8, 512, 1),
+        (128, 16, 512, 2),
+        (1088, 8, 512, 16),
+        (1088, 4, 512, 16),
+        (1088, 4, 1024, 8),
+        (1088, 4, 896, 8),
+        (8256, 4, 512, 32),
+        (8256, 4, 1024, 32),
+        (8256, 64, 512, 2),
+        (8256, 512, 512, 1),
+    ],
 )
-def test_how_attention_splits_positions(capacity, programs, splits):
-    assert splits_of(capacity, programs) == splits
+def test_how_attention_splits_positions(capacity, programs, numbers, splits):
+    assert splits_of(capacity, programs, numbers) == splits
 
 
 def test_what_cannot_run():
