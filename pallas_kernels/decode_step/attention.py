@@ -23,7 +23,9 @@ NAME = "svsk_attend"
 POSITIONS = 64
 """Positions that a program takes at a time."""
 WARPS, WARPS_OF_FEW, STAGES = 4, 8, 3
-"""Of a program, and where no multiprocessor has more than one."""
+"""Of a program, and where no multiprocessor has more than one, of one text or of tiles of more heads than
+`SMALL_TILE`."""
+SMALL_TILE = 8
 MOST_QUERIES = 16
 """Of a key head."""
 PROGRAMS = 128
@@ -248,7 +250,8 @@ def attend(
             f"attend: {heads.queries} heads on {num_keys} key heads; at most {MOST_QUERIES} of each are taken"
         )
     splits = splits_of(capacity, num_keys * m, heads.queries_per_key * dim)
-    warps = WARPS_OF_FEW if num_keys * m * splits <= PROGRAMS else WARPS
+    few = num_keys * m * splits <= PROGRAMS and (m == 1 or heads.rows > SMALL_TILE)
+    warps = WARPS_OF_FEW if few else WARPS
     operands = {"squares": squares, "cos": turns[0], "sin": turns[1], "lengths": lengths}
     operands |= product.operands
     if norms is not None:
