@@ -22,9 +22,8 @@ from pallas_kernels.svsk_matmul.triton_prepare import PLANES, Prepared, abstract
 NAME = "svsk_attend"
 POSITIONS = 64
 """Positions that a program takes at a time."""
-WARPS, WARPS_OF_FEW, STAGES = 4, 8, 3
-"""Of a program, and where no multiprocessor has more than one, of one text or of tiles of more heads than
-`SMALL_TILE`."""
+WARPS, WARPS_OF_LARGE, STAGES = 4, 8, 3
+"""Of a program, and of one with a tile of more heads than `SMALL_TILE` that has a multiprocessor alone."""
 SMALL_TILE = 8
 MOST_QUERIES = 16
 """Of a key head."""
@@ -250,8 +249,8 @@ def attend(
             f"attend: {heads.queries} heads on {num_keys} key heads; at most {MOST_QUERIES} of each are taken"
         )
     splits = splits_of(capacity, num_keys * m, heads.queries_per_key * dim)
-    few = num_keys * m * splits <= PROGRAMS and (m == 1 or heads.rows > SMALL_TILE)
-    warps = WARPS_OF_FEW if few else WARPS
+    few = num_keys * m * splits <= PROGRAMS
+    warps = WARPS_OF_LARGE if few and heads.rows > SMALL_TILE else WARPS
     operands = {"squares": squares, "cos": turns[0], "sin": turns[1], "lengths": lengths}
     operands |= product.operands
     if norms is not None:

@@ -43,6 +43,10 @@ CONFIGS = {
         ),
         {"coefficients": None},
     ),
+    "eight queries for a key head": (
+        dataclasses.replace(BASE, num_heads=8, qk_norm=True),
+        {"ranks": (1, 3)},
+    ),
     "a head in 4 bits": (BASE, {"group": 32, "embedding": {"group": 16}}),
     "a mixture behind a dense layer": (
         dataclasses.replace(BASE, num_layers=2, mixture=MIXTURE),
@@ -96,6 +100,7 @@ def test_one_sequence(name):
     "name",
     [
         "heads of 128 with norms",
+        "eight queries for a key head",
         "a mixture behind a dense layer",
         "biases, a window, a head of its own, no sidecar",
         "a head in 4 bits",
