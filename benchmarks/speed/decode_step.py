@@ -78,7 +78,8 @@ def bytes_of_a_step(model: Decoder, batch: int, context: int) -> int:
         weights -= sum(leaf.nbytes for leaf in jax.tree.leaves(model.embedding))
     if mixture is not None:
         unread = (1 - mixture.num_experts_per_tok / mixture.num_experts) ** batch
-        experts = [layer.mlp for layer in model.layers if isinstance(layer.mlp, Experts)]
+        mlps = [layer.mlp for layer in model.layers if isinstance(layer.mlp, Experts)]
+        experts = [(mlp.gate_up, mlp.down) for mlp in mlps]
         weights -= round(unread * sum(leaf.nbytes for leaf in jax.tree.leaves(experts)))
     return weights + cache_bytes(config, batch, context)
 
@@ -101,7 +102,9 @@ def read_rate() -> float:
     return max(rates)
 
 
-def filled(config: ModelConfig, batch: int, context: int, *, fused: bool) -> steps.State:
+def filled(config: ModelConfig, texts: int, context: int, *, fused: bool) -> steps.State:
+    """For some texts, in as many places as the step has."""
+    batch = batch_bucket(texts) if fused else texts
     slots = steps.slots_for(context)
     shape = (batch, slots, config.num_kv_heads, config.head_dim)
 
@@ -109,15 +112,16 @@ def filled(config: ModelConfig, batch: int, context: int, *, fused: bool) -> ste
         return tuple(jnp.full(shape, 0.01, jnp.bfloat16) for _ in range(config.num_layers))
 
     length = jnp.full((batch,), context, jnp.int32) if fused else jnp.int32(context)
-    # Of a mixture, each text has experts of its own.
-    return steps.State(caches(), caches(), length, jnp.arange(batch, dtype=jnp.int32))
+    # Of a mixture, each text has experts of its own, and places without one are alike.
+    place = jnp.arange(batch, dtype=jnp.int32)
+    return steps.State(caches(), caches(), length, jnp.where(place < texts, place, 0))
 
 
-def step_seconds(model: Decoder, batch: int, context: int, *, fused: bool) -> float:
+def step_seconds(model: Decoder, texts: int, context: int, *, fused: bool) -> float:
     """Of one token of each text, behind `context` positions."""
     leaves, structure = jax.tree.flatten(model)
     # Every call starts at the same length: the cache has room for one burst behind it.
-    state = filled(model.config, batch, context - steps.BURST, fused=fused)
+    state = filled(model.config, texts, context - steps.BURST, fused=fused)
     key, numbers = jax.random.key(0), SamplingConfig().numbers
 
     def burst(leaves: list[jax.Array], state: steps.State) -> steps.State:
@@ -165,7 +169,7 @@ def measure(
             room = memory() * ROOM - sum(leaf.nbytes for leaf in jax.tree.leaves(model))
             if cache_bytes(config, held, steps.slots_for(context)) > room / (1 if fused else 2):
                 continue
-            seconds = step_seconds(model, held, context, fused=fused)
+            seconds = step_seconds(model, batch, context, fused=fused)
             limit = bytes_of_a_step(model, batch, context) / rate / seconds if fused else None
             cases.append(
                 Case(

@@ -23,14 +23,16 @@ NAME = "svsk_attend"
 POSITIONS = 64
 """Positions that a program takes at a time."""
 WARPS, WARPS_OF_LARGE, STAGES = 4, 8, 3
-"""Of a program, and of one with a tile of more heads than `SMALL_TILE` that has a multiprocessor alone."""
-SMALL_TILE = 8
+"""Of a program, of one whose heads overflow the registers of four warps, and of what it loads ahead."""
+SMALL_TILE, LARGE_TILE = 8, 32
+"""Heads that four warps hold, and that they do not; between them, eight warps pay where a program has a
+multiprocessor alone."""
 MOST_QUERIES = 16
 """Of a key head."""
 PROGRAMS = 128
 """Programs that fill a GPU."""
 MOST_SPLITS = 32
-SPLITS, JOINED = 16, 8192
+SPLITS, MOST_JOINED = 16, 8192
 """Of the positions, and numbers of a key head in all of them, beyond which another split costs more to join
 than it saves, unless it has `BLOCKS`."""
 BLOCKS = 4
@@ -48,7 +50,7 @@ def splits_of(capacity: int, programs: int, numbers: int) -> int:
     """
     blocks = 1 << (capacity // POSITIONS).bit_length() >> 1
     wanted = 1 << (PROGRAMS // programs).bit_length() >> 1
-    few = 1 << (min(SPLITS, max(1, JOINED // numbers))).bit_length() >> 1
+    few = 1 << (min(SPLITS, max(1, MOST_JOINED // numbers))).bit_length() >> 1
     return max(1, min(wanted, max(min(blocks, few), min(blocks // BLOCKS, MOST_SPLITS))))
 
 
@@ -249,8 +251,9 @@ def attend(
             f"attend: {heads.queries} heads on {num_keys} key heads; at most {MOST_QUERIES} of each are taken"
         )
     splits = splits_of(capacity, num_keys * m, heads.queries_per_key * dim)
-    few = num_keys * m * splits <= PROGRAMS
-    warps = WARPS_OF_LARGE if few and heads.rows > SMALL_TILE else WARPS
+    alone = num_keys * m * splits <= PROGRAMS
+    large = heads.rows >= LARGE_TILE or (heads.rows > SMALL_TILE and alone)
+    warps = WARPS_OF_LARGE if large else WARPS
     operands = {"squares": squares, "cos": turns[0], "sin": turns[1], "lengths": lengths}
     operands |= product.operands
     if norms is not None:

@@ -44,8 +44,8 @@ def _work(
     # Beyond the gate's padded rows lie the first of up: what is read of them is masked below.
     rows = [starts(first + superblock * WIDTH, PLANES, PLANE) for first in (0, padded(width))]
     finish = finishing(ref, product, item, rows, PLANE, threads=32 * warps)
-    shared = product.parts.shape[1] // ref["squares"].shape[0]
-    squares = load_squares(ref, lax.div(item, jnp.int32(shared)))
+    rows_of_each = product.parts.shape[1] // ref["squares"].shape[0]
+    squares = load_squares(ref, lax.div(item, jnp.int32(rows_of_each)))
     norm = inverse_rms(squares, columns, eps)
     gate, up = (y * norm for y in finish())
     gate, up = biased(ref, gate, column, inside), biased(ref, up, width + column, inside)
@@ -67,7 +67,8 @@ def finish_gated(
     Args:
         product: of gate and up, one above the other, with `Residual.scaled`; where its rows have matrices of
             their own, the result is in runs of 256 columns, for another such product.
-        squares: `Residual.squares` of m tokens, each of which has as many rows of the product.
+        squares: `Residual.squares` of m tokens; the product has m rows, or c m, c for each token one after
+            another.
         columns: d, of the residual stream.
         eps: of the RMSNorm.
         interpret: run in interpret mode.

@@ -58,7 +58,7 @@ def _router(ref: Refs, block: jax.Array, item: jax.Array, *, eps: float) -> None
     plgpu.store(ref["logits"].at[item, expert], logits, mask=expert < experts)
 
 
-def _choice(ref: Refs, item: jax.Array, _: jax.Array, *, slots: int, scaled: bool) -> None:
+def _choice(ref: Refs, item: jax.Array, _: jax.Array, *, slots: int, normalized: bool) -> None:
     experts = ref["logits"].shape[1]
     expert = lax.broadcasted_iota(jnp.int32, (1 << (experts - 1).bit_length(),), 0)
     logits = plgpu.load(ref["logits"].at[item, expert], mask=expert < experts, other=UNLIKELY)
@@ -76,7 +76,7 @@ def _choice(ref: Refs, item: jax.Array, _: jax.Array, *, slots: int, scaled: boo
         logits = jnp.where(expert == place, UNLIKELY, logits)
     index = item * slots + slot
     plgpu.store(ref["chosen"].at[index], which, mask=slot < slots)
-    plgpu.store(ref["weights"].at[index], weight / (chosen if scaled else every), mask=slot < slots)
+    plgpu.store(ref["weights"].at[index], weight / (chosen if normalized else every), mask=slot < slots)
 
 
 def _order(ref: Refs, block: jax.Array, _: jax.Array) -> None:
@@ -95,27 +95,27 @@ def _order(ref: Refs, block: jax.Array, _: jax.Array) -> None:
     plgpu.store(ref["order"].at[jnp.where(row < rows, place, row)], row)
 
 
-@partial(jax.jit, static_argnames=("slots", "scaled", "eps", "interpret"))
+@partial(jax.jit, static_argnames=("slots", "normalized", "eps", "interpret"))
 def choose_experts(
     stream: Residual,
     scale: Float[Array, "d"],
     router: Float[Array, "e d"],
     *,
     slots: int,
-    scaled: bool,
+    normalized: bool,
     eps: float,
     interpret: bool = False,
 ) -> tuple[Chosen, Float[Array, "c"]]:
     """The `slots` experts of each of m tokens with the largest softmax(router · norm(x)), and those
-    probabilities, f32 [slots · m]: p, or p / Σ p of a token's where they are `scaled`. The likeliest comes
-    first, of equal ones the first.
+    probabilities p, f32, or p / Σ p. Both have c = slots · m rows: a token's one after another, the likeliest
+    first, of equal ones the first. Logits are f32.
 
     Args:
         stream: the residual stream x.
-        scale: of the RMSNorm.
-        router: a row for each expert.
+        scale: of the RMSNorm, of any float dtype.
+        router: a row for each expert, of any float dtype.
         slots: experts of a token.
-        scaled: whether they add up to 1.
+        normalized: whether those of a token add up to 1.
         eps: of the RMSNorm.
         interpret: run in interpret mode.
     """
@@ -131,7 +131,7 @@ def choose_experts(
         interpret=interpret,
     )
     chosen, weights = launch(
-        partial(_choice, slots=slots, scaled=scaled),
+        partial(_choice, slots=slots, normalized=normalized),
         CHOICE,
         {"logits": logits},
         {

@@ -12,7 +12,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.svsk_matmul import triton_decode, triton_rows
 from pallas_kernels.svsk_matmul.layout import ceil_div
-from pallas_kernels.svsk_matmul.triton_layout import PLANE, ROW_UNIT, TritonWeight
+from pallas_kernels.svsk_matmul.triton_layout import PLANE, ROW_UNIT, SUPERBLOCK, TritonWeight
 from pallas_kernels.svsk_matmul.triton_operands import Refs, stack_index
 from pallas_kernels.svsk_matmul.triton_prepare import PLANES, Prepared
 from pallas_kernels.svsk_matmul.tuning import batch_of, configuration
@@ -37,14 +37,14 @@ class Chosen(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Product:
-    """y = Σ parts + U diag(scale) (V x) for m rows of x, before the sum."""
+    """y = Σ parts + U diag(scale) (V x) for m rows, before the sum. With `chosen` a row of x has several."""
 
     parts: Leaf
     """f32 [parts, m, rows]: of x Ŵᵀ without sidecar for the weight's padded rows, and after them of x Vᵀ."""
     weight: TritonWeight
     bias: Leaf | None = None
     chosen: Chosen | None = None
-    """Where `weight` is a stack."""
+    """Which matrix each row has, where `weight` is a stack."""
 
     @property
     def operands(self) -> dict[str, jax.Array]:
@@ -75,11 +75,18 @@ def product(
         interpret: run in interpret mode.
 
     Raises:
-        ValueError: m is another number.
+        ValueError: m is another number; with `chosen`, results that are no multiple of it, x in other runs or
+            a bias.
     """
     m = x.unit.shape[0]
     if chosen is not None:
-        blocks = configuration(weight, 1, matrices=len(chosen.matrices))
+        run, rows = x.values.shape[2], len(chosen.matrices)
+        if rows % m or (m > 1 and run != SUPERBLOCK) or bias is not None:
+            raise ValueError(
+                f"decode step: {rows} products with matrices of a stack for {m} rows of x in runs of {run}; "
+                f"expected a multiple of {m}, runs of {SUPERBLOCK} and no bias"
+            )
+        blocks = configuration(weight, 1, matrices=rows)
         parts = triton_decode.partial_products(
             x, weight, blocks, layer=chosen.matrices, order=chosen.order, interpret=interpret
         )

@@ -40,15 +40,14 @@ SPREAD = 8
 """Columns of a tensor-core product, at least."""
 
 
-def _kernel(
-    *refs, names: tuple[str, ...], weight: TritonWeight, rows: int, superblocks: int, shared: int, asm: bool
-):
+def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, rows: int, superblocks: int, asm: bool):
     ref = named(names, refs)
-    item = pl.program_id(2)
+    results, given = ref["out"].shape[1], ref["unit"].shape[0]
+    item = pl.program_id(2) if results > 1 else jnp.int32(0)
     if "order" in ref:
         item = plgpu.load(ref["order"].at[item])
     at = stack_index(ref, item)
-    source = lax.div(item, jnp.int32(shared))
+    source = lax.div(item, jnp.int32(results // given)) if given > 1 else jnp.int32(0)
     block, part = pl.program_id(0), pl.program_id(1)
     blocks = weight.padded_rows // rows
     first = part * superblocks
@@ -59,7 +58,8 @@ def _kernel(
         column, lane = (lax.broadcasted_iota(jnp.int32, (SPREAD, PLANE), axis) for axis in range(2))
         place = 2 * lax.div(lane, jnp.int32(weight.group)) + plane % 2
         place += 0 if weight.group == 16 else (plane // 2) * 4
-        index = first + i, source, plane * PLANE + lane
+        # Rows of x lie superblock by superblock.
+        index = ((first + i) * given + source) * SUPERBLOCK + plane * PLANE + lane
         return plgpu.load(ref["x"].at[index], mask=place == column, other=0).T
 
     def unit_at(i):
@@ -162,8 +162,7 @@ def partial_products(
     m = 1 if layer is None else layer.size
     grid = (weight.padded_rows // blocks.rows + v_blocks, parts, m)
     fields = ("words", "scales", "constants", "super_scales", "v", "ranges")
-    values = x.values.reshape(-1, len(x.unit), SUPERBLOCK)
-    operands = {"x": values, "unit": x.unit, **weight_operands(weight, fields, layer)}
+    operands = {"x": x.values.reshape(-1), "unit": x.unit, **weight_operands(weight, fields, layer)}
     operands |= {} if order is None else {"order": order}
     body = partial(
         _kernel,
@@ -171,7 +170,6 @@ def partial_products(
         weight=abstract(weight),
         rows=blocks.rows,
         superblocks=blocks.superblocks,
-        shared=m // len(x.unit),
         asm=not interpret,
     )
     return pl.pallas_call(

@@ -39,8 +39,8 @@ def named(names: Sequence[str], refs: Sequence[Any]) -> Refs:
 
 
 def stack_index(ref: Refs, row: jax.Array | int = 0) -> tuple[jax.Array, ...]:
-    """What an index into the weight's arrays begins with: the layer of a stack, that of a row where each has
-    its own, or nothing."""
+    """What an index into the weight's arrays begins with: the layer of a stack, from `layer` int32 [1], or
+    [rows] where each row has its own; nothing without it."""
     return (plgpu.load(ref["layer"].at[jnp.int32(row)]),) if "layer" in ref else ()
 
 

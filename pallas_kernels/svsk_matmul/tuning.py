@@ -68,11 +68,12 @@ def batch_of(m: int) -> int:
 
 def configuration(weight: TritonWeight, m: int, matrices: int = 1) -> Blocks:
     """Blocks for m rows of x on the device that code is traced for: those of its table for this shape, where
-    it has them and they fit, else the heuristic's, for a launch with so many matrices of a stack."""
+    it has them and they fit, else the heuristic's. A table is of launches with one matrix: with several of a
+    stack it is not asked."""
     batch = batch_of(m)
     known = table(target_device().device_kind).get(shape_key(weight), {}).get(batch)
     fits = known is not None and not known.misfits(weight, batch)
-    return known if known is not None and fits else heuristic(weight, m, matrices)
+    return known if known is not None and fits and matrices == 1 else heuristic(weight, m, matrices)
 
 
 def shape_key(weight: TritonWeight) -> str:

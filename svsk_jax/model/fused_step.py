@@ -203,7 +203,7 @@ def _experts(
         layer.mlp_norm,
         layer.router,
         slots=slots,
-        scaled=mixture.norm_topk_prob,
+        normalized=mixture.norm_topk_prob,
         eps=eps,
         interpret=interpret,
     )

@@ -11,6 +11,8 @@ from support import TINY
 from weights import random_int8, random_weight
 
 from pallas_kernels.decode_step.attention import splits_of
+from pallas_kernels.decode_step.product import Chosen, product
+from pallas_kernels.svsk_matmul.triton_prepare import Prepared
 from svsk_jax.model import Decoder, KVCache, Mixture
 from svsk_jax.model.fused_step import batch_bucket, fused_step, why_not_fused
 from svsk_jax.model.laid_out import lay_out_parameters
@@ -161,6 +163,15 @@ def test_what_cannot_run():
     assert "more than 16 heads" in str(why_not_fused(many, interpret=True))
     small = Decoder(TINY, dict(random_parameters(TINY, 0)), jnp.float16)
     assert "8 columns" in str(why_not_fused(small, interpret=True))
+
+
+@pytest.mark.parametrize(("matrices", "run"), [([0, 1, 2], 256), ([0, 1, 2, 0], 16)])
+def test_rows_of_a_stack_that_do_not_fit(matrices, run):
+    weight = lay_out_parameters({"o.weight": random_weight(np.random.default_rng(0), 64, 256)})["o.weight"]
+    x = Prepared(jnp.zeros((256 // run, 2, run), jnp.float16), jnp.ones((2, 1), jnp.float32))
+    chosen = Chosen(jnp.asarray(matrices, jnp.int32), None)
+    with pytest.raises(ValueError, match=f"for 2 rows of x in runs of {run}; expected a multiple of 2"):
+        product(x, jax.tree.map(lambda leaf: leaf[None], weight), chosen=chosen, interpret=True)
 
 
 def test_batches():

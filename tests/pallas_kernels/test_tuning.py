@@ -43,6 +43,9 @@ def test_a_table_goes_before_the_rule_where_it_fits(monkeypatch):
     weight = abstract_weight(6144, 4096)
     pretend(monkeypatch, H100)
     assert configuration(weight, 1) == table(H100)["6144x4096"][1] != heuristic(weight, 1)
+    # A launch with several matrices needs fewer programs of each.
+    assert configuration(weight, 1, matrices=8) == heuristic(weight, 1, matrices=8)
+    assert heuristic(weight, 1, matrices=8).superblocks > heuristic(weight, 1).superblocks
     assert configuration(weight, 60) == table(H100)["6144x4096"][64]
     # No entry for 20 rows of x, none for another shape, none for another device.
     assert configuration(weight, 20) == heuristic(weight, 20)

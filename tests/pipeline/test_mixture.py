@@ -15,7 +15,7 @@ from svsk_jax.calibration.config import CalibrationConfig
 from svsk_jax.calibration.store import Statistics
 from svsk_jax.evaluation.divergence import token_divergence
 from svsk_jax.model import Mixture
-from svsk_jax.model.laid_out import lay_out_for_device
+from svsk_jax.model.laid_out import lay_out_for_device, lay_out_parameters
 from svsk_jax.model.parameters import parameter_shapes, quantized_paths
 from svsk_jax.models import load_model
 from svsk_jax.pipeline.sizes import model_sizes
@@ -127,8 +127,11 @@ def test_sizes_without_allocation_are_exact(source, statistics, tmp_path):
     result = pipeline.quantize(source, tmp_path / "out", config, recipe="c", statistics=statistics)
     assert sizes.exact
     assert sizes.budget == result.budget
-    laid_out = lay_out_for_device(load_parameters(SavedModel(tmp_path / "out"), jnp.float32), jnp.float32)
-    assert sizes.in_memory["CPU, packed"] == sum(leaf.nbytes for leaf in jax.tree.leaves(laid_out))
+    model = SavedModel(tmp_path / "out")
+    on_cpu = lay_out_for_device(load_parameters(model, jnp.float32), jnp.float32)
+    assert sizes.in_memory["CPU, packed"] == sum(leaf.nbytes for leaf in jax.tree.leaves(on_cpu))
+    on_gpu = lay_out_parameters(load_parameters(model, jnp.bfloat16))
+    assert sizes.in_memory["NVIDIA GPU, packed"] == sum(leaf.nbytes for leaf in jax.tree.leaves(on_gpu))
 
 
 def test_polish_is_refused(source, statistics, tmp_path):
