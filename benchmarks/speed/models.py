@@ -24,16 +24,14 @@ def packed_parameters(
         key = jax.random.fold_in(seed, index)
         if any(path.endswith(f"{name}.weight") for name in QUANTIZED_LINEARS):
             parameters[path] = random_weight(key, *shape, **form)
-        elif EXPERTS in path:
+        elif config.mixture is not None and EXPERTS in path:
             for name in EXPERT_LINEARS:
                 # The first stands for all.
                 if path.endswith(first := f"{expert(0, name)}.weight"):
                     stack = f"{path.removesuffix(first)}{EXPERTS}.{name}.weight"
-                    parameters[stack] = _random_stack(key, _experts(config), shape, **form)
+                    parameters[stack] = _random_stack(key, config.mixture.num_experts, shape, **form)
         elif path.endswith("router.weight"):
-            parameters[path] = jax.random.normal(key, shape, jnp.bfloat16) / jnp.asarray(
-                shape[1] ** 0.5, jnp.bfloat16
-            )
+            parameters[path] = _dense(key, shape, jnp.bfloat16)
         elif len(shape) == 2:
             parameters[path] = (
                 random_int8(key, *shape)
@@ -50,9 +48,8 @@ def _random_stack(key: jax.Array, experts: int, shape: tuple[int, int], **form: 
     return jax.vmap(lambda key: random_weight(key, *shape, **form))(jax.random.split(key, experts))
 
 
-def _experts(config: ModelConfig) -> int:
-    assert config.mixture is not None
-    return config.mixture.num_experts
+def _dense(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    return jax.random.normal(key, shape, dtype) / jnp.asarray(shape[1] ** 0.5, dtype)
 
 
 def dense_parameters(config: ModelConfig, seed: jax.Array, dtype: DTypeLike) -> dict[str, Any]:
@@ -60,7 +57,6 @@ def dense_parameters(config: ModelConfig, seed: jax.Array, dtype: DTypeLike) -> 
     return {
         path: jnp.ones(shape, dtype)
         if len(shape) == 1
-        else jax.random.normal(jax.random.fold_in(seed, index), shape, dtype)
-        / jnp.asarray(shape[1] ** 0.5, dtype)
+        else _dense(jax.random.fold_in(seed, index), shape, dtype)
         for index, (path, shape) in enumerate(parameter_shapes(config).items())
     }

@@ -48,9 +48,10 @@ def splits_of(capacity: int, programs: int, numbers: int) -> int:
         programs: texts times key heads.
         numbers: of all queries of a key head.
     """
-    blocks = 1 << (capacity // POSITIONS).bit_length() >> 1
-    wanted = 1 << (PROGRAMS // programs).bit_length() >> 1
-    few = 1 << (min(SPLITS, max(1, MOST_JOINED // numbers))).bit_length() >> 1
+    blocks, wanted, few = (
+        1 << most.bit_length() >> 1
+        for most in (capacity // POSITIONS, PROGRAMS // programs, min(SPLITS, MOST_JOINED // numbers))
+    )
     return max(1, min(wanted, max(min(blocks, few), min(blocks // BLOCKS, MOST_SPLITS))))
 
 

@@ -70,10 +70,12 @@ def configuration(weight: TritonWeight, m: int, matrices: int = 1) -> Blocks:
     """Blocks for m rows of x on the device that code is traced for: those of its table for this shape, where
     it has them and they fit, else the heuristic's. A table is of launches with one matrix: with several of a
     stack it is not asked."""
+    if matrices > 1:
+        return heuristic(weight, m, matrices)
     batch = batch_of(m)
     known = table(target_device().device_kind).get(shape_key(weight), {}).get(batch)
     fits = known is not None and not known.misfits(weight, batch)
-    return known if known is not None and fits and matrices == 1 else heuristic(weight, m, matrices)
+    return known if known is not None and fits else heuristic(weight, m)
 
 
 def shape_key(weight: TritonWeight) -> str:

@@ -265,19 +265,15 @@ class _Layer:
 
 def _weights(layer: DecoderLayer) -> dict[str, Any]:
     """What a layer multiplies by, as it is held; None for what it holds in parts."""
-    mlp = layer.mlp
+    attention, mlp = layer.attention, layer.mlp
+    linears = {"attention.qkv": attention.qkv, "attention.o": attention.o}
+    stacks = {}
     if isinstance(mlp, MLP):
-        held = {"mlp.gate_up": mlp.gate_up, "mlp.down": mlp.down}
-        held = {name: None if linear is None else linear.weight for name, linear in held.items()}
+        linears |= {"mlp.gate_up": mlp.gate_up, "mlp.down": mlp.down}
     else:
-        held = {f"{EXPERTS}.gate_up": mlp.gate_up, f"{EXPERTS}.down": mlp.down}
-    qkv = layer.attention.qkv
-    found = {
-        "attention.qkv": None if qkv is None else qkv.weight,
-        "attention.o": layer.attention.o.weight,
-        **held,
-    }
-    return {name: None if weight is None else weight.get_value() for name, weight in found.items()}
+        stacks = {f"{EXPERTS}.gate_up": mlp.gate_up, f"{EXPERTS}.down": mlp.down}
+    held = {name: None if linear is None else linear.weight for name, linear in linears.items()} | stacks
+    return {name: None if weight is None else weight.get_value() for name, weight in held.items()}
 
 
 def _bias(linear: Linear | None) -> jax.Array | None:

@@ -17,10 +17,8 @@ from pallas_kernels.svsk_matmul import (
     why_no_triton,
 )
 from svsk_jax.model.experts import is_stack, stack_experts
-from svsk_jax.model.parameters import EXPERTS, JOINED_LINEARS
+from svsk_jax.model.parameters import JOINED_LINEARS
 
-JOINED = JOINED_LINEARS | {f"{EXPERTS}.gate_up": (f"{EXPERTS}.gate", f"{EXPERTS}.up")}
-"""Linears that are joined: those of a layer, and of its stacks of experts."""
 _lay_out_stack = jax.jit(jax.vmap(lay_out))
 _transpose_stack = jax.jit(jax.vmap(transpose))
 
@@ -40,13 +38,13 @@ def lay_out_for_device(parameters: dict[str, Any], dtype: DTypeLike) -> dict[str
 
 def lay_out_parameters(parameters: MutableMapping[str, Any]) -> dict[str, Any]:
     """The parameters with their packed matrices laid out for the kernels, and those that read the same input
-    joined (`JOINED`) where all are packed with the same kind of scales.
+    joined (`JOINED_LINEARS`) where all are packed with the same kind of scales.
 
     Takes them out of `parameters` on the way, so that no more than one is held twice.
     """
     result = {}
     parameters = stack_experts(parameters)
-    for joined, names in JOINED.items():
+    for joined, names in JOINED_LINEARS.items():
         for first in [path for path in parameters if path.endswith(f"{names[0]}.weight")]:
             prefix = first.removesuffix(f"{names[0]}.weight")
             weights = [parameters[f"{prefix}{name}.weight"] for name in names]
@@ -67,7 +65,7 @@ def lay_out_parameters(parameters: MutableMapping[str, Any]) -> dict[str, Any]:
 def transpose_parameters(parameters: MutableMapping[str, Any]) -> dict[str, Any]:
     """The parameters with their packed matrices laid out for products on a CPU, taken out of `parameters` on
     the way."""
-    return _each(parameters, transpose, _transpose_stack, jax.jit(transpose_int8))
+    return _each(stack_experts(parameters), transpose, _transpose_stack, jax.jit(transpose_int8))
 
 
 def _each(
@@ -77,7 +75,6 @@ def _each(
     int8: Callable[[Int8Weight], Any],
 ) -> dict[str, Any]:
     result = {}
-    parameters = stack_experts(parameters)
     for path in list(parameters):
         value = parameters.pop(path)
         if isinstance(value, SVSKWeight):

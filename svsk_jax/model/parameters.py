@@ -28,12 +28,6 @@ QUANTIZED_LINEARS = (
 EXPERT_LINEARS = ("gate", "up", "down")
 """The linears of one expert, by path within it."""
 
-JOINED_LINEARS: dict[str, tuple[str, ...]] = {
-    "attention.qkv": ("attention.q", "attention.k", "attention.v"),
-    "mlp.gate_up": ("mlp.gate", "mlp.up"),
-}
-"""Linears of one input that a model may hold as one, their outputs one after another."""
-
 LINEAR_INPUTS: dict[str, str] = {
     "attention.q": "attention.input",
     "attention.k": "attention.input",
@@ -53,6 +47,14 @@ EXPERTS = "mlp.experts"
 """Where the experts are in a layer; the pooled statistics of all of them go by this name."""
 EXPERT_INPUTS = {"gate": "input", "up": "input", "down": "hidden"}
 """Which of an expert's activations each of its linears reads."""
+
+JOINED_LINEARS: dict[str, tuple[str, ...]] = {
+    "attention.qkv": ("attention.q", "attention.k", "attention.v"),
+    "mlp.gate_up": ("mlp.gate", "mlp.up"),
+    f"{EXPERTS}.gate_up": (f"{EXPERTS}.gate", f"{EXPERTS}.up"),
+}
+"""Linears of one input that a model may hold as one, their outputs one after another; of experts, their
+stacks."""
 
 
 def expert(index: int, name: str) -> str:
