@@ -261,14 +261,18 @@ def compile_for(
         abstract = jax.tree.map(abstract_of, tuple(arguments))
         compiled = jax.jit(function).lower(*abstract).compile(compiler_options={"xla_dump_to": folder})
         kernels = [_assemble(path, TARGETS[target]) for path in sorted(Path(folder).glob("*.ptx"))]
-        # The second is there where a pass has changed the first.
-        plan = sorted(Path(folder).glob("*.thunk_sequence*.txt"))[-1].read_text(encoding="utf-8")
-        alone = re.findall(r"^\d+: k\w*Kernel\b[^\]]*\] (\w+)", plan, re.MULTILINE)
+        alone = re.findall(r"^\d+: k\w*Kernel\b[^\]]*\] (\w+)", launch_plan(Path(folder)), re.MULTILINE)
     return Program(
         text=compiled.as_text() or "",
         kernels=[kernel for kernel in kernels if kernel is not None],
         launched_alone=alone,
     )
+
+
+def launch_plan(folder: Path) -> str:
+    """What XLA launches of the program that was compiled with `xla_dump_to` this folder, a line each."""
+    # The second is there where a pass has changed the first.
+    return sorted(folder.glob("*.thunk_sequence*.txt"))[-1].read_text(encoding="utf-8")
 
 
 def _is_installed(module: str) -> bool:

@@ -5,17 +5,22 @@
 
 `svsk-r16` has groups of 16 and sidecars of rank 9 in tiles of 512 rows, 4.6 bits per weight as stored: what
 the recipe's budget buys on average. `svsk-r16, q4` has embedding and head in 4 bits, the others have int8.
-`linear` has no codebook and no sidecar. `bf16` is the dense decoder by XLA, as many tokens in a dispatch. A
-step reads its weights once and the caches of all texts: `limit` is the share of its time in which a kernel
-that does nothing else would read as many bytes. Times are by the clock, of calls one after another
-(`benchmarks.clock`), as in generating, where the host runs ahead; medians.
+`linear` has no codebook and no sidecar, `classic-r16` the recipe of that name. `bf16` is the dense decoder by
+XLA, as many tokens in a dispatch. A step reads its weights once and the caches of all texts: `limit` is the
+share of its time in which a kernel that does nothing else would read as many bytes. `launches` are XLA's for
+a token of each text: kernels, and copies within the device. Times are by the clock, of calls one after
+another (`benchmarks.clock`), as in generating, where the host runs ahead; medians.
 """
 
 import argparse
 import dataclasses
 import datetime
+import itertools
 import json
-from collections.abc import Sequence
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +32,7 @@ from benchmarks.clock import median_seconds
 from benchmarks.plots import new_figure, save_figure
 from benchmarks.speed.models import dense_parameters, packed_parameters
 from benchmarks.speed.read_floor import CHUNKS, read
+from pallas_kernels.aot import launch_plan
 from svsk_jax.known_models import KNOWN
 from svsk_jax.model import Decoder, ModelConfig
 from svsk_jax.model.experts import Experts
@@ -39,12 +45,17 @@ FORMS: dict[str, dict[str, Any]] = {
     "svsk-r16": {"rank": 9},
     "svsk-r16, q4": {"rank": 9, "embedding": "q4"},
     "linear": {"rank": 0, "companded": False},
+    "classic-r16": {"rank": 16, "companded": False, "flat": True, "group": 64, "tile": (512, 1024)},
 }
 BATCHES = (1, 4, 16, 64)
 CONTEXTS = (1024, 8192)
 PROMPTS = (512, 2048)
 ROOM = 0.85
 """Of the device's memory: what needs more is left out."""
+COMPILING = 8
+"""Programs at a time."""
+CONTAINERS = ("CommandBuffer", "While", "Conditional", "Sequential", "DynamicSliceFusion")
+"""What XLA's plan lists beside what is launched within."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +71,8 @@ class Case:
     tokens_per_second: float
     limit: float | None
     """Share of what reading allows; None for bf16."""
+    launches: int
+    """For one token of each text."""
 
 
 def decoder(config: ModelConfig, form: str) -> Decoder:
@@ -117,11 +130,12 @@ def filled(config: ModelConfig, texts: int, context: int, *, fused: bool) -> ste
     return steps.State(caches(), caches(), length, jnp.where(place < texts, place, 0))
 
 
-def step_seconds(model: Decoder, texts: int, context: int, *, fused: bool) -> float:
-    """Of one token of each text, behind `context` positions."""
+Step = Callable[[list[jax.Array], steps.State], steps.State]
+
+
+def compiled_step(model: Decoder, texts: int, context: int, *, fused: bool) -> tuple[Step, int]:
+    """A burst of tokens of each text, behind `context` positions, and its launches for one of them."""
     leaves, structure = jax.tree.flatten(model)
-    # Every call starts at the same length: the cache has room for one burst behind it.
-    state = filled(model.config, texts, context - steps.BURST, fused=fused)
     key, numbers = jax.random.key(0), SamplingConfig().numbers
 
     def burst(leaves: list[jax.Array], state: steps.State) -> steps.State:
@@ -134,10 +148,27 @@ def step_seconds(model: Decoder, texts: int, context: int, *, fused: bool) -> fl
                 state,
                 length=steps.BURST,
             )
+        # Every call starts at the same length: the cache has room for one burst behind it.
         return state._replace(lengths=start)
 
-    run = jax.jit(burst, donate_argnums=1)
-    held = [state]
+    state = jax.eval_shape(partial(filled, model.config, texts, context, fused=fused))
+    with tempfile.TemporaryDirectory() as folder:
+        lowered = jax.jit(burst, donate_argnums=1).lower(leaves, state)
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
+        return compiled, launches_of_a_token(launch_plan(Path(folder)))
+
+
+def launches_of_a_token(plan: str) -> int:
+    """Of XLA's plan for a burst, what the body of its loop launches."""
+    body = plan[plan.index("body:") :]
+    # Behind its name a launch has its place in the order and nothing else, or the kernel's grid.
+    kinds = re.findall(r"^\s*\d+: k(\w+)", body, re.MULTILINE)
+    return sum(kind not in CONTAINERS for kind in kinds)
+
+
+def step_seconds(run: Step, model: Decoder, state: steps.State) -> float:
+    """Of one token of each text."""
+    leaves, held = jax.tree.leaves(model), [state]
 
     def call() -> jax.Array:
         held[0] = run(leaves, held[0])
@@ -162,27 +193,37 @@ def measure(
     config = KNOWN[name]
     model = decoder(config, form)
     fused = form != "bf16"
-    cases = []
-    for context in contexts:
-        for batch in BATCHES:
-            held = batch_bucket(batch) if fused else batch
-            room = memory() * ROOM - sum(leaf.nbytes for leaf in jax.tree.leaves(model))
-            if cache_bytes(config, held, steps.slots_for(context)) > room / (1 if fused else 2):
-                continue
-            seconds = step_seconds(model, batch, context, fused=fused)
-            limit = bytes_of_a_step(model, batch, context) / rate / seconds if fused else None
-            cases.append(
-                Case(
-                    model=name,
-                    form=form,
-                    batch=batch,
-                    context=context,
-                    ms=1e3 * seconds,
-                    tokens_per_second=batch / seconds,
-                    limit=limit,
-                )
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+    room = (memory() * ROOM - weights) / (1 if fused else 2)
+
+    def fits(context: int, batch: int) -> bool:
+        return cache_bytes(config, batch_bucket(batch) if fused else batch, steps.slots_for(context)) <= room
+
+    places = [place for place in itertools.product(contexts, BATCHES) if fits(*place)]
+    # XLA chooses dense products by timing them, and must be alone with the device for that.
+    with ThreadPoolExecutor(COMPILING if fused else 1) as pool:
+        compiled = list(
+            pool.map(
+                lambda place: compiled_step(model, place[1], place[0] - steps.BURST, fused=fused), places
             )
-            print(describe(cases[-1]), flush=True)
+        )
+    cases = []
+    for (context, batch), (run, launches) in zip(places, compiled, strict=True):
+        seconds = step_seconds(run, model, filled(config, batch, context - steps.BURST, fused=fused))
+        limit = bytes_of_a_step(model, batch, context) / rate / seconds if fused else None
+        cases.append(
+            Case(
+                model=name,
+                form=form,
+                batch=batch,
+                context=context,
+                ms=1e3 * seconds,
+                tokens_per_second=batch / seconds,
+                limit=limit,
+                launches=launches,
+            )
+        )
+        print(describe(cases[-1]), flush=True)
     prefill = {tokens: prefill_seconds(model, tokens) for tokens in prompts}
     print(
         f"{name}, {form}: first token after", {n: f"{1e3 * s:.1f} ms" for n, s in prefill.items()}, flush=True
@@ -194,7 +235,7 @@ def describe(case: Case) -> str:
     share = "" if case.limit is None else f", {case.limit:.2f} of the limit"
     return (
         f"{case.model}, {case.form}, batch {case.batch}, context {case.context}: {case.ms:.2f} ms, "
-        f"{case.tokens_per_second:.1f} tok/s{share}"
+        f"{case.tokens_per_second:.1f} tok/s{share}, {case.launches} launches"
     )
 
 

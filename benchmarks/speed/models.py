@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels.svsk_matmul import SVSKWeight
-from pallas_kernels.svsk_matmul.synthetic import random_int8, random_weight
+from pallas_kernels.svsk_matmul.synthetic import FORM, random_int8, random_weight
 from svsk_jax.model import ModelConfig
 from svsk_jax.model.parameters import EXPERT_LINEARS, EXPERTS, QUANTIZED_LINEARS, expert, parameter_shapes
 from svsk_jax.quant.types import EMBEDDING_GROUP
@@ -43,7 +43,7 @@ def packed_parameters(
     return parameters
 
 
-@partial(jax.jit, static_argnames=("experts", "shape", "group", "companded", "rank"))
+@partial(jax.jit, static_argnames=("experts", "shape", *FORM))
 def _random_stack(key: jax.Array, experts: int, shape: tuple[int, int], **form: Any) -> SVSKWeight:
     return jax.vmap(lambda key: random_weight(key, *shape, **form))(jax.random.split(key, experts))
 

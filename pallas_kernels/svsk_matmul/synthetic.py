@@ -8,34 +8,48 @@ import jax.numpy as jnp
 from pallas_kernels.svsk_matmul.layout import ceil_div, packed_int6_bytes, tile_spans
 from pallas_kernels.svsk_matmul.types import INT8_GROUP, Int8Weight, Sidecar, SVSKWeight
 
-TILE_ROWS = 512
-"""Rows of a sidecar's tile, those of the strong recipes."""
+TILE = (512, 0)
+"""Of a sidecar, that of the strong recipes: all columns of so many rows."""
+FORM = ("group", "companded", "flat", "rank", "tile")
+"""What of `random_weight` says how a weight is stored."""
 
 
-@partial(jax.jit, static_argnames=("n", "k", "group", "companded", "rank"))
+@partial(jax.jit, static_argnames=("n", "k", *FORM))
 def random_weight(
-    key: jax.Array, n: int, k: int, *, group: int = 16, companded: bool = True, rank: int = 16
+    key: jax.Array,
+    n: int,
+    k: int,
+    *,
+    group: int = 16,
+    companded: bool = True,
+    flat: bool = False,
+    rank: int = 16,
+    tile: tuple[int, int] = TILE,
 ) -> SVSKWeight:
-    """An [n, k] weight with uniform codes and two-level scales, and in tiles of 512 rows a sidecar of equal
-    rank; its elements are of the order of 1 / √k."""
+    """An [n, k] weight with uniform codes and scales, two-level or flat, and a sidecar of equal rank in each
+    of its tiles; its elements are of the order of 1 / √k."""
     keys = iter(jax.random.split(key, 6))
     sidecar = None
     if rank:
-        spans = tile_spans(n, TILE_ROWS)
-        total = len(spans) * rank
+        down, across = len(tile_spans(n, tile[0])), len(tile_spans(k, tile[1]))
+        scales = down * across * rank
         sidecar = Sidecar(
-            u=_int8(next(keys), n * rank),
-            v=_int8(next(keys), total * k),
-            scale=jax.random.uniform(next(keys), (total,), jnp.float16, 0.2, 0.4) / jnp.float16(k**0.5),
+            u=_int8(next(keys), n * across * rank),
+            v=_int8(next(keys), down * rank * k),
+            scale=jax.random.uniform(next(keys), (scales,), jnp.float16, 0.2, 0.4) / jnp.float16(k**0.5),
             shape=(n, k),
-            tile=(TILE_ROWS, 0),
-            ranks=((rank,),) * len(spans),
+            tile=tile,
+            ranks=((rank,) * across,) * down,
         )
     supers = jax.random.uniform(next(keys), (n, ceil_div(k, 256)), jnp.float16, 0.005, 0.01)
+    supers /= jnp.float16(k**0.5)
+    groups = ceil_div(k, group)
     return SVSKWeight(
         codes=jax.random.bits(next(keys), (n, ceil_div(k, 2)), jnp.uint8),
-        scales=jax.random.bits(next(keys), (n, packed_int6_bytes(ceil_div(k, group))), jnp.uint8),
-        super_scales=supers / jnp.float16(k**0.5),
+        scales=32 * supers[:, jnp.arange(groups) * group // 256]
+        if flat
+        else jax.random.bits(next(keys), (n, packed_int6_bytes(groups)), jnp.uint8),
+        super_scales=None if flat else supers,
         coefficients=jnp.asarray([0.008, 0.3], jnp.float16) if companded else None,
         sidecar=sidecar,
         shape=(n, k),

@@ -1,0 +1,51 @@
+"""What the decode step's benchmark says of a model's forms, of XLA's plan and of its cases."""
+
+import jax
+import pytest
+
+from benchmarks.speed.decode_step import FORMS, launches_of_a_token, table
+from pallas_kernels.svsk_matmul.synthetic import random_weight
+
+PLAN = """000: kCommandBuffer [source       | next=009 (1)]
+    001: kCopy         [source | sink] kCopy
+009: kWhile        [prev=000 (1) | sink        ]
+condition:
+    010: kCustomKernel [source | sink] loop_compare_fusion grid: [1, 1, 1]
+  body:
+    000: kCommandBuffer      [source       | next=036 (1)]
+        011: kCustomKernel [source       | next=017 (6)] loop_broadcast_fusion grid: [1, 1, 1]
+        012: kGemm         [prev=011 (1) | next=013 (1)] custom-call
+        013: kCustomKernel [prev=012 (1) | next=017 (5)] svsk_decode__1 grid: [34, 8, 1]
+    036: kDynamicSliceFusion [prev=000 (1) | sink        ] params=1, results=1
+        037: kCopy [source | sink] kCopy
+"""
+
+
+def test_launches_are_those_of_the_loop():
+    assert launches_of_a_token(PLAN) == 4
+
+
+@pytest.mark.parametrize(
+    ("form", "codes", "rank", "coefficients"),
+    [
+        ("svsk-r16", 4 + 6 / 16 + 16 / 256, 9, 2),
+        ("linear", 4 + 6 / 16 + 16 / 256, 0, 0),
+        ("classic-r16", 4 + 16 / 64, 16, 0),
+    ],
+)
+def test_forms_have_the_bits_of_their_recipes(form, codes, rank, coefficients):
+    n, k = 1024, 2048
+    weight = jax.eval_shape(lambda key: random_weight(key, n, k, **FORMS[form]), jax.random.key(0))
+    tiles = 2 * (2 if form == "classic-r16" else 1)
+    # Of a tile, V has a row for each rank, U a column, and scales one number of 16 bits.
+    sidecar = rank * (8 * k * 2 + tiles * (8 * 512 + 16))
+    assert weight.bits_per_weight == pytest.approx(codes + (sidecar + 16 * coefficients) / (n * k))
+
+
+def test_a_row_of_the_table_has_every_form():
+    case = {"model": "a", "batch": 1, "context": 1024, "limit": 0.5, "launches": 9}
+    cases = [
+        {**case, "form": "svsk-r16", "tokens_per_second": 300.0},
+        {**case, "form": "bf16", "limit": None, "tokens_per_second": 200.0},
+    ]
+    assert table({"cases": cases}).splitlines()[-1] == "| a | 1 | 1024 | 300 | 200 | 0.50 | 1.50 |"
