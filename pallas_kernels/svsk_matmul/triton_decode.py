@@ -42,13 +42,15 @@ SPREAD = 8
 
 def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, rows: int, superblocks: int, asm: bool):
     ref = named(names, refs)
-    results, given = ref["out"].shape[1], ref["unit"].shape[0]
-    item = pl.program_id(2) if results > 1 else jnp.int32(0)
+    (parts, results, _), given = ref["out"].shape, ref["unit"].shape[0]
+    block, place = pl.program_id(0), pl.program_id(1)
+    part, item = place, jnp.int32(0)
+    if results > 1:
+        part, item = lax.rem(place, jnp.int32(parts)), lax.div(place, jnp.int32(parts))
     if "order" in ref:
         item = plgpu.load(ref["order"].at[item])
     at = stack_index(ref, item)
     source = lax.div(item, jnp.int32(results // given)) if given > 1 else jnp.int32(0)
-    block, part = pl.program_id(0), pl.program_id(1)
     blocks = weight.padded_rows // rows
     first = part * superblocks
     last = first + superblocks - 1
@@ -160,7 +162,8 @@ def partial_products(
     parts = weight.superblocks // blocks.superblocks
     v_blocks = 0 if weight.v is None else ceil_div(weight.v.shape[-2], blocks.rows)
     m = 1 if layer is None else layer.size
-    grid = (weight.padded_rows // blocks.rows + v_blocks, parts, m)
+    # Of three axes Pallas makes two, and the block a remainder, behind which the compiler knows less.
+    grid = (weight.padded_rows // blocks.rows + v_blocks, parts * m)
     fields = ("words", "scales", "constants", "super_scales", "v", "ranges")
     operands = {"x": x.values.reshape(-1), "unit": x.unit, **weight_operands(weight, fields, layer)}
     operands |= {} if order is None else {"order": order}
