@@ -161,8 +161,8 @@ def compiled_step(model: Decoder, texts: int, context: int, *, fused: bool) -> t
 def launches_of_a_token(plan: str) -> int:
     """Of XLA's plan for a burst, what the body of its loop launches."""
     body = plan[plan.index("body:") :]
-    # Behind its name a launch has its place in the order and nothing else, or the kernel's grid.
-    kinds = re.findall(r"^\s*\d+: k(\w+)", body, re.MULTILINE)
+    # What follows the loop is not indented.
+    kinds = re.findall(r"^ +\d+: k(\w+)", body, re.MULTILINE)
     return sum(kind not in CONTAINERS for kind in kinds)
 
 

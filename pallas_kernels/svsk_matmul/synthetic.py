@@ -44,6 +44,7 @@ def random_weight(
     supers = jax.random.uniform(next(keys), (n, ceil_div(k, 256)), jnp.float16, 0.005, 0.01)
     supers /= jnp.float16(k**0.5)
     groups = ceil_div(k, group)
+    # Flat scales are as large as two-level ones may be.
     return SVSKWeight(
         codes=jax.random.bits(next(keys), (n, ceil_div(k, 2)), jnp.uint8),
         scales=32 * supers[:, jnp.arange(groups) * group // 256]

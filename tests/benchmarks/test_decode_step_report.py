@@ -18,6 +18,7 @@ condition:
         013: kCustomKernel [prev=012 (1) | next=017 (5)] svsk_decode__1 grid: [34, 8, 1]
     036: kDynamicSliceFusion [prev=000 (1) | sink        ] params=1, results=1
         037: kCopy [source | sink] kCopy
+038: kCopy         [prev=009 (1) | sink        ] kCopy
 """
 
 
