@@ -14,6 +14,8 @@ from weights import FORMS, TOLERANCE, error, exact, normal, random_weight
 from pallas_kernels.svsk_matmul import dequantize, lay_out, svsk_matmul
 from pallas_kernels.svsk_matmul.figures import abstract_weight
 from pallas_kernels.svsk_matmul.triton import matmul
+from pallas_kernels.svsk_matmul.triton_decode import partial_products
+from pallas_kernels.svsk_matmul.triton_prepare import prepare
 from pallas_kernels.svsk_matmul.triton_reference import restore
 from pallas_kernels.svsk_matmul.tuning import FUSED_LIMIT, Blocks, heuristic
 
@@ -184,6 +186,20 @@ def test_shard_map_over_rows_of_x():
         check_vma=False,
     )
     assert error(jax.jit(call)(x, lay_out(weight)), exact(x, weight)) < 1e-3
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_one_row_has_a_grid_of_two_axes(rows):
+    # Of three Pallas makes two, and a remainder of the first: 2 µs a layer (benchmarks/speed/NOTES.md).
+    rng = np.random.default_rng(14)
+    weights = [lay_out(random_weight(rng, 100, 600, ranks=2)) for _ in range(2)]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
+    x, blocks = prepare(jnp.zeros((1, 600)), batch=1, interpret=True), heuristic(weights[0], 1)
+    layer = jnp.zeros(rows, jnp.int32)
+    traced = jax.make_jaxpr(partial(partial_products, x, stack, blocks))(layer=layer)
+    [grid] = [eqn.params["grid_mapping"].grid for eqn in traced.eqns if eqn.primitive.name == "pallas_call"]
+    parts = stack.superblocks // blocks.superblocks
+    assert grid == ((stack.padded_rows + stack.v.shape[-2]) // blocks.rows, parts * rows)
 
 
 def test_abstract_values():
