@@ -7,9 +7,9 @@
 the recipe's budget buys on average. `svsk-r16, q4` has embedding and head in 4 bits, the others have int8.
 `linear` has no codebook and no sidecar, `classic-r16` the recipe of that name. `bf16` is the dense decoder by
 XLA, as many tokens in a dispatch. A step reads its weights once and the caches of all texts: `limit` is the
-share of its time in which a kernel that does nothing else would read as many bytes. `launches` are XLA's for
-a token of each text: kernels, and copies within the device. Times are by the clock, of calls one after
-another (`benchmarks.clock`), as in generating, where the host runs ahead; medians.
+share of its time in which a kernel that does nothing else would read as many bytes. `launches` are the
+entries of XLA's plan for a token of each text: kernels, calls of libraries and copies. Times are by the
+clock, of calls one after another (`benchmarks.clock`), as in generating, where the host runs ahead; medians.
 """
 
 import argparse
@@ -52,8 +52,8 @@ CONTEXTS = (1024, 8192)
 PROMPTS = (512, 2048)
 ROOM = 0.85
 """Of the device's memory: what needs more is left out."""
-COMPILING = 8
-"""Programs at a time."""
+COMPILED_AT_ONCE = 8
+"""Programs, at most."""
 CONTAINERS = ("CommandBuffer", "While", "Conditional", "Sequential", "DynamicSliceFusion")
 """What XLA's plan lists beside what is launched within."""
 
@@ -131,6 +131,7 @@ def filled(config: ModelConfig, texts: int, context: int, *, fused: bool) -> ste
 
 
 Step = Callable[[list[jax.Array], steps.State], steps.State]
+"""A burst, from a model's leaves and the state before it to the state after it."""
 
 
 def compiled_step(model: Decoder, texts: int, context: int, *, fused: bool) -> tuple[Step, int]:
@@ -160,8 +161,8 @@ def compiled_step(model: Decoder, texts: int, context: int, *, fused: bool) -> t
 
 def launches_of_a_token(plan: str) -> int:
     """Of XLA's plan for a burst, what the body of its loop launches."""
-    body = plan[plan.index("body:") :]
-    # What follows the loop is not indented.
+    # What is not indented follows the loop.
+    body = re.split(r"^\d+: ", plan[plan.index("body:") :], maxsplit=1, flags=re.MULTILINE)[0]
     kinds = re.findall(r"^ +\d+: k(\w+)", body, re.MULTILINE)
     return sum(kind not in CONTAINERS for kind in kinds)
 
@@ -201,7 +202,7 @@ def measure(
 
     places = [place for place in itertools.product(contexts, BATCHES) if fits(*place)]
     # XLA chooses dense products by timing them, and must be alone with the device for that.
-    with ThreadPoolExecutor(COMPILING if fused else 1) as pool:
+    with ThreadPoolExecutor(COMPILED_AT_ONCE if fused else 1) as pool:
         compiled = list(
             pool.map(
                 lambda place: compiled_step(model, place[1], place[0] - steps.BURST, fused=fused), places

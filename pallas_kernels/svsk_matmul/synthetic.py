@@ -32,11 +32,11 @@ def random_weight(
     sidecar = None
     if rank:
         down, across = len(tile_spans(n, tile[0])), len(tile_spans(k, tile[1]))
-        scales = down * across * rank
+        ranks = down * across * rank
         sidecar = Sidecar(
             u=_int8(next(keys), n * across * rank),
             v=_int8(next(keys), down * rank * k),
-            scale=jax.random.uniform(next(keys), (scales,), jnp.float16, 0.2, 0.4) / jnp.float16(k**0.5),
+            scale=jax.random.uniform(next(keys), (ranks,), jnp.float16, 0.2, 0.4) / jnp.float16(k**0.5),
             shape=(n, k),
             tile=tile,
             ranks=((rank,) * across,) * down,

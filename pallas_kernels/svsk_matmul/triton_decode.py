@@ -43,10 +43,9 @@ SPREAD = 8
 def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, rows: int, superblocks: int, asm: bool):
     ref = named(names, refs)
     (parts, results, _), given = ref["out"].shape, ref["unit"].shape[0]
-    block, place = pl.program_id(0), pl.program_id(1)
-    part, item = place, jnp.int32(0)
+    block, part, item = pl.program_id(0), pl.program_id(1), jnp.int32(0)
     if results > 1:
-        part, item = lax.rem(place, jnp.int32(parts)), lax.div(place, jnp.int32(parts))
+        item, part = lax.div(part, jnp.int32(parts)), lax.rem(part, jnp.int32(parts))
     if "order" in ref:
         item = plgpu.load(ref["order"].at[item])
     at = stack_index(ref, item)
@@ -162,7 +161,7 @@ def partial_products(
     parts = weight.superblocks // blocks.superblocks
     v_blocks = 0 if weight.v is None else ceil_div(weight.v.shape[-2], blocks.rows)
     m = 1 if layer is None else layer.size
-    # Of three axes Pallas makes two, and the block a remainder, behind which the compiler knows less.
+    # Of three axes Pallas takes the first as a remainder, behind which the compiler knows less.
     grid = (weight.padded_rows // blocks.rows + v_blocks, parts * m)
     fields = ("words", "scales", "constants", "super_scales", "v", "ranges")
     operands = {"x": x.values.reshape(-1), "unit": x.unit, **weight_operands(weight, fields, layer)}

@@ -190,7 +190,7 @@ def test_shard_map_over_rows_of_x():
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_one_row_has_a_grid_of_two_axes(rows):
-    # Of three Pallas makes two, and a remainder of the first: 2 µs a layer (benchmarks/speed/NOTES.md).
+    # Of three Pallas takes the first as a remainder: 2 µs a layer (benchmarks/speed/NOTES.md).
     rng = np.random.default_rng(14)
     weights = [lay_out(random_weight(rng, 100, 600, ranks=2)) for _ in range(2)]
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
@@ -200,6 +200,21 @@ def test_one_row_has_a_grid_of_two_axes(rows):
     [grid] = [eqn.params["grid_mapping"].grid for eqn in traced.eqns if eqn.primitive.name == "pallas_call"]
     parts = stack.superblocks // blocks.superblocks
     assert grid == ((stack.padded_rows + stack.v.shape[-2]) // blocks.rows, parts * rows)
+
+
+def test_rows_with_matrices_of_their_own():
+    rng = np.random.default_rng(15)
+    weights = [lay_out(random_weight(rng, 100, 600, ranks=2)) for _ in range(2)]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
+    # Each of three parts of K is another program.
+    blocks = Blocks(rows=32, superblocks=1, warps=2)
+    x = prepare(normal(rng, 1, 600), batch=1, interpret=True)
+    layer, order = jnp.asarray([1, 0, 1]), jnp.asarray([2, 0, 1])
+    found = partial_products(x, stack, blocks, layer=layer, order=order, interpret=True)
+    for row, each in enumerate(layer.tolist()):
+        alone = partial_products(x, weights[each], blocks, interpret=True)
+        assert alone.shape[0] == 3
+        np.testing.assert_array_equal(found[:, row], alone[:, 0])
 
 
 def test_abstract_values():
