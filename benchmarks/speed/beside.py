@@ -52,9 +52,9 @@ class Turns:
 def work(label: str, folder: Path) -> None:
     """One of the processes: what the folder's `cases.json` says, with the modules that it finds."""
     import jax
-    import jax.numpy as jnp
     import numpy as np
 
+    from benchmarks.clock import median_seconds
     from benchmarks.speed import decode_step
     from svsk_jax.known_models import KNOWN
     from svsk_jax.runtime import steps
@@ -100,14 +100,10 @@ def work(label: str, folder: Path) -> None:
         for whose in LABELS:
             if whose == label:
                 for i, each in enumerate(found):
-                    jax.block_until_ready(call(i))
-                    start = time.perf_counter()
-                    jax.block_until_ready([call(i) for _ in range(cases["calls"])][-1])
-                    seconds = time.perf_counter() - start
-                    each["us"].append(1e6 * seconds / cases["calls"] / steps.BURST)
+                    seconds = median_seconds(partial(call, i), repeats=1, calls=cases["calls"])
+                    each["us"].append(1e6 * seconds / steps.BURST)
             turns.meet()
-    device = jnp.zeros(()).device
-    result = {"device": getattr(device, "device_kind", str(device)), "jax": jax.__version__, "cases": found}
+    result = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "cases": found}
     (folder / f"{label}.json").write_text(json.dumps(result), encoding="utf-8")
 
 

@@ -188,12 +188,16 @@ def test_shard_map_over_rows_of_x():
     assert error(jax.jit(call)(x, lay_out(weight)), exact(x, weight)) < 1e-3
 
 
+def two_and_their_stack():
+    rng = np.random.default_rng(14)
+    weights = [lay_out(random_weight(rng, 100, 600, ranks=2)) for _ in range(2)]
+    return weights, jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 def test_one_row_has_a_grid_of_two_axes(rows):
     # Of three Pallas takes the first as a remainder: 2 µs a layer (benchmarks/speed/NOTES.md).
-    rng = np.random.default_rng(14)
-    weights = [lay_out(random_weight(rng, 100, 600, ranks=2)) for _ in range(2)]
-    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
+    weights, stack = two_and_their_stack()
     x, blocks = prepare(jnp.zeros((1, 600)), batch=1, interpret=True), heuristic(weights[0], 1)
     layer = jnp.zeros(rows, jnp.int32)
     traced = jax.make_jaxpr(partial(partial_products, x, stack, blocks))(layer=layer)
@@ -203,12 +207,10 @@ def test_one_row_has_a_grid_of_two_axes(rows):
 
 
 def test_rows_with_matrices_of_their_own():
-    rng = np.random.default_rng(15)
-    weights = [lay_out(random_weight(rng, 100, 600, ranks=2)) for _ in range(2)]
-    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
+    weights, stack = two_and_their_stack()
     # Each of three parts of K is another program.
     blocks = Blocks(rows=32, superblocks=1, warps=2)
-    x = prepare(normal(rng, 1, 600), batch=1, interpret=True)
+    x = prepare(normal(np.random.default_rng(15), 1, 600), batch=1, interpret=True)
     layer, order = jnp.asarray([1, 0, 1]), jnp.asarray([2, 0, 1])
     found = partial_products(x, stack, blocks, layer=layer, order=order, interpret=True)
     for row, each in enumerate(layer.tolist()):
