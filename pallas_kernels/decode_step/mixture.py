@@ -183,7 +183,9 @@ def finish_weighed(
         slots: experts of a token.
         interpret: run in interpret mode.
     """
-    bare = dataclasses.replace(product.weight, v=None, v_scale=None, u=None, ranges=None)
+    bare = dataclasses.replace(
+        product.weight, v=None, v_scale=None, places=None, u=None, ranges=None, tile_units=0
+    )
     rows, columns = product.parts.shape[1], product.weight.padded_rows
     [sums] = launch(
         partial(_weighed, product=abstract(product)),

@@ -37,10 +37,11 @@ class Chosen(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Product:
-    """y = Σ parts + U diag(scale) (V x) for m rows, before the sum. With `chosen` a row of x has several."""
+    """y = Σ parts + U (diag(scale) V x) for m rows, before the sum. With `chosen` a row of x has several."""
 
     parts: Leaf
-    """f32 [parts, m, rows]: of x Ŵᵀ without sidecar for the weight's padded rows, and after them of x Vᵀ."""
+    """f32 [parts, m, columns]: of x Ŵᵀ without sidecar for the weight's padded rows, and after them of
+    x Vᵀ diag(scale), in their places."""
     weight: TritonWeight
     bias: Leaf | None = None
     chosen: Chosen | None = None
@@ -51,7 +52,7 @@ class Product:
         """What a kernel that finishes it reads, by name."""
         found = {"parts": self.parts, "bias": self.bias}
         found["layer"] = None if self.chosen is None else self.chosen.matrices
-        found |= {name: getattr(self.weight, name) for name in ("v_scale", "u", "ranges")}
+        found |= {name: getattr(self.weight, name) for name in ("u", "ranges")}
         return {name: value for name, value in found.items() if value is not None}
 
 
@@ -112,6 +113,13 @@ def starts(first: jax.Array | int, height: int, width: int) -> jax.Array:
     return first + lax.broadcasted_iota(jnp.int32, (height, 1), 0) * width
 
 
+def unaligned(index: jax.Array) -> jax.Array:
+    """Within a kernel: an index that is not negative, hidden from the compiler's look for what is aligned.
+    There a thread loads one number and not the next ones too, so that all that is to meet, a row's ranks
+    among it, lies in the same threads."""
+    return index + jnp.minimum(index + 1, 0)
+
+
 def load_squares(ref: Refs, item: jax.Array) -> jax.Array:
     """Within a kernel: the sums of squares of a `Residual`, and zeros."""
     blocks = ref["squares"].shape[1]
@@ -125,16 +133,16 @@ def inverse_rms(squares: jax.Array, columns: int, eps: float) -> jax.Array:
 
 
 class _Unit(NamedTuple):
-    """Within a kernel: where some rows of y find their sidecar, int32 [h, 1] each."""
+    """Within a kernel: where some rows of y find their sidecar."""
 
-    below: jax.Array
-    """The first row within its block of 64."""
+    row: jax.Array
+    """Row of U, int32 [h, width]."""
     first: jax.Array
-    """Row of V x."""
+    """Place of its first number of V x, int32 [h, 1]."""
     count: jax.Array
-    """Ranks."""
-    begin: jax.Array
-    """Row of Uᵀ."""
+    """Ranks, int32 [h, 1]."""
+    alive: jax.Array
+    """Whether there are such rows, [h, 1]."""
 
 
 def finishing(
@@ -160,60 +168,60 @@ def finishing(
         shared: whether all starts need the same rows of V.
         threads: of the program. Where there are as many as rows of y, or fewer, each row is in one of them.
     """
-    padded_rows = product.weight.padded_rows
+    padded_rows, ranks = product.weight.padded_rows, product.weight.sidecar_ranks
+    parts, tile_units = product.parts.shape[0], product.weight.tile_units
     at = stack_index(ref, item)
     found: list[list[jax.Array]] = []
     units: list[_Unit] = []
     for start in starts:
         alive = start < padded_rows
-        row = start + lax.broadcasted_iota(jnp.int32, (start.shape[0], width), 1)
+        row = unaligned(start) + lax.broadcasted_iota(jnp.int32, (start.shape[0], width), 1)
         mask = jnp.broadcast_to(alive, row.shape)
         found.append(
             [
                 plgpu.load(ref["parts"].at[jnp.int32(part), item, row], mask=mask, other=0.0)
-                for part in range(product.parts.shape[0])
+                for part in range(parts)
             ]
         )
         if "u" in ref:
             unit = lax.div(start, jnp.int32(ROW_UNIT))
-            index = ((*at, unit, jnp.int32(i)) for i in range(3))
-            ranges = (plgpu.load(ref["ranges"].at[each], mask=alive, other=0) for each in index)
-            # The compiler does not know what the remainder is a multiple of.
-            below = jnp.zeros_like(start) if width == ROW_UNIT else lax.rem(start, jnp.int32(ROW_UNIT))
-            units.append(_Unit(below, *ranges))
+            # Where to read is known before anything is read, if it can be.
+            if tile_units:
+                first = lax.div(unit, jnp.int32(tile_units)) * ranks
+            else:
+                first = plgpu.load(ref["ranges"].at[(*at, unit, jnp.int32(2))], mask=alive, other=0)
+            count = plgpu.load(ref["ranges"].at[(*at, unit, jnp.int32(1))], mask=alive, other=0)
+            units.append(_Unit(row, first, count, alive))
 
-    def load_u(i: jax.Array, y: jax.Array, unit: _Unit) -> jax.Array:
-        """int8 [ranks, h, width]."""
-        shape = (RANKS, *y.shape)
-        rank = i * RANKS + lax.broadcasted_iota(jnp.int32, shape, 0)
-        # A thread loads as many rows at once as it has of y, and then all ranks of them: the compiler would
-        # take 16 rows, and other ranks in other threads. It does not know that this is zero.
-        zero = jnp.minimum(unit.count, 0) * max(1, y.size // threads)
-        row = (unit.below + zero)[None] + lax.broadcasted_iota(jnp.int32, shape, 2)
-        index = (*at, unit.begin[None] + rank, row)
-        return plgpu.load(ref["u"].at[index], mask=rank < unit.count[None], other=0)
+    def load_u(i: jax.Array, unit: _Unit) -> jax.Array:
+        """int8 [h, width, ranks], all ranks of a row in one thread, at once."""
+        shape = (*unit.row.shape, RANKS)
+        rank = i * RANKS + lax.broadcasted_iota(jnp.int32, shape, 2)
+        mask = jnp.broadcast_to(unit.alive[..., None], shape)
+        return plgpu.load(ref["u"].at[(*at, unit.row[..., None], rank)], mask=mask, other=0)
 
     def load_t(i: jax.Array, unit: _Unit) -> jax.Array:
-        """V x, f32 [ranks, h]."""
-        parts, h = product.parts.shape[0], unit.count.shape[0]
-        # Smaller tensors are loaded whole by every thread that needs a part of them.
-        enough = ceil_div(threads, RANKS * h)
-        shape = (1 << (max(parts, enough) - 1).bit_length(), RANKS, h)
-        part, rank = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-        first, count = (each.T[None] for each in (unit.first, unit.count))
+        """diag(scale) V x, f32 [h, ranks]."""
+        h = unit.count.shape[0]
+        # Smaller tensors are loaded whole by every thread that needs a part of them, as is best for one part.
+        enough = 1 if parts == 1 else ceil_div(threads, RANKS * h)
+        shape = (1 << (max(parts, enough) - 1).bit_length(), h, RANKS)
+        part, rank = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 2))
         rank = i * RANKS + rank
-        alive = (rank < count) & (part < parts)
-        scale = plgpu.load(ref["v_scale"].at[(*at, first + rank)], mask=alive, other=0.0)
-        index = part, item, padded_rows + first + rank
-        return jnp.sum(scale * plgpu.load(ref["parts"].at[index], mask=alive, other=0.0), axis=0)
+        mask = (part < parts) & jnp.broadcast_to(unit.alive[None], shape)
+        index = part, item, padded_rows + unit.first[None] + rank
+        found = jnp.sum(plgpu.load(ref["parts"].at[index], mask=mask, other=0.0), axis=0)
+        # Places beyond the count hold anything.
+        rank = i * RANKS + lax.broadcasted_iota(jnp.int32, found.shape, 1)
+        return jnp.where(rank < unit.count, found, 0.0)
 
     def some(i, ys):
         # All loads of U come before the first sum.
-        us = [load_u(i, y, unit) for y, unit in zip(ys, units, strict=True)]
+        us = [load_u(i, unit) for unit in units]
         ts = [load_t(i, unit) for unit in units[: 1 if shared else None]]
         ts = ts * len(ys) if shared else ts
         return [
-            y + jnp.sum(t[:, :, None] * u.astype(jnp.float32), axis=0)
+            y + jnp.sum(t[:, None] * u.astype(jnp.float32), axis=2)
             for y, u, t in zip(ys, us, ts, strict=True)
         ]
 
@@ -221,9 +229,11 @@ def finishing(
         ys = [sum(values[1:], values[0]) for values in found]
         if not units:
             return ys
-        most = jnp.max(reduce(jnp.maximum, (unit.count for unit in units)))
         # The first ranks are loaded before it is known whether there are more.
         ys = some(jnp.int32(0), ys)
+        if ranks <= RANKS:
+            return ys
+        most = jnp.max(reduce(jnp.maximum, (unit.count for unit in units)))
         return lax.fori_loop(1, lax.div(most + (RANKS - 1), jnp.int32(RANKS)), some, ys)
 
     return finish

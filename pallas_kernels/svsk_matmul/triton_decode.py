@@ -117,25 +117,26 @@ def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, rows: int, supe
             total = total * jnp.where(odd == 1, 1 / UNITS[1], 1 / UNITS[0]).astype(jnp.float32)
         else:
             total = total * jnp.broadcast_to(to_levels, total.shape)
-        return jnp.sum(total, axis=1)
+        place = block * rows + lax.broadcasted_iota(jnp.int32, (rows,), 0)
+        return jnp.sum(total, axis=1), place
 
     def sidecar():
-        total = sidecar_products(
+        total, scale, place = sidecar_products(
             ref,
             at,
             x_plane,
             unit_at,
+            weight=weight,
             block=block - blocks,
             first=first,
             superblocks=superblocks,
             shape=(rows, SPREAD),
             asm=asm,
         )
-        return jnp.sum(total, axis=1) * (1 / UNITS[0])
+        return jnp.sum(total, axis=1) * scale, place
 
-    result = base() if weight.v is None else lax.cond(block < blocks, base, sidecar)
-    row = block * rows + lax.broadcasted_iota(jnp.int32, (rows,), 0)
-    plgpu.store(ref["out"].at[part, item, row], result)
+    result, place = base() if weight.v is None else lax.cond(block < blocks, base, sidecar)
+    plgpu.store(ref["out"].at[part, item, place], result)
 
 
 def partial_products(
@@ -146,8 +147,9 @@ def partial_products(
     layer: jax.Array | None = None,
     order: jax.Array | None = None,
     interpret: bool = False,
-) -> Float[Array, "parts m rows"]:
-    """Parts of x Ŵᵀ without sidecar, for the weight's padded rows, and after them of x Vᵀ; f32.
+) -> Float[Array, "parts m columns"]:
+    """Parts of x Ŵᵀ without sidecar, for the weight's padded rows, and after them of x Vᵀ diag(scale), in
+    their places; f32.
 
     Args:
         x: one row, or rows in runs of a superblock's columns.
@@ -163,7 +165,7 @@ def partial_products(
     m = 1 if layer is None else layer.size
     # Of three axes Pallas takes the first as a remainder, behind which the compiler knows less.
     grid = (weight.padded_rows // blocks.rows + v_blocks, parts * m)
-    fields = ("words", "scales", "constants", "super_scales", "v", "ranges")
+    fields = ("words", "scales", "constants", "super_scales", "v", "v_scale", "places")
     operands = {"x": x.values.reshape(-1), "unit": x.unit, **weight_operands(weight, fields, layer)}
     operands |= {} if order is None else {"order": order}
     body = partial(
@@ -177,7 +179,7 @@ def partial_products(
     return pl.pallas_call(
         body,
         grid=grid,
-        out_shape=jax.ShapeDtypeStruct((parts, m, grid[0] * blocks.rows), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((parts, m, weight.product_columns), jnp.float32),
         compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
         name=NAME,

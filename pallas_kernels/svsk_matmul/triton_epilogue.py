@@ -30,22 +30,20 @@ def _one_row(*refs, names: tuple[str, ...], parts: int, rows: int):
     for part in range(parts):
         y += plgpu.load(ref["products"].at[jnp.int32(part), slice(None), row])
     if "u" in ref:
-        first, count, begin = (plgpu.load(ref["ranges"].at[(*at, block, jnp.int32(i))]) for i in range(3))
-        u_row = lax.broadcasted_iota(jnp.int32, (ROW_UNIT, RANKS), 0)
+        count, first = (plgpu.load(ref["ranges"].at[(*at, block, jnp.int32(i))]) for i in (1, 2))
+        u_row = block * ROW_UNIT + lax.broadcasted_iota(jnp.int32, (ROW_UNIT, RANKS), 0)
         u_rank = lax.broadcasted_iota(jnp.int32, (ROW_UNIT, RANKS), 1)
         item = lax.broadcasted_iota(jnp.int32, (1, RANKS), 0)
         rank = lax.broadcasted_iota(jnp.int32, (1, RANKS), 1)
 
         def some(i, y):
             here = i * RANKS
-            index = (*at, begin + here + u_rank, u_row)
-            u = plgpu.load(ref["u"].at[index], mask=here + u_rank < count, other=0).astype(jnp.float32)
-            v_row, alive = first + here + rank, here + rank < count
+            u = plgpu.load(ref["u"].at[(*at, u_row, here + u_rank)]).astype(jnp.float32)
+            place, alive = first + here + rank, here + rank < count
             t = jnp.float32(0)
             for part in range(parts):
-                index = (jnp.int32(part), item, rows + v_row)
+                index = (jnp.int32(part), item, rows + place)
                 t += plgpu.load(ref["products"].at[index], mask=alive, other=0.0)
-            t *= plgpu.load(ref["v_scale"].at[(*at, v_row)], mask=alive, other=0.0)
             return y + jnp.sum(t[:, None, :] * u[None, :, :], axis=2)
 
         y = lax.fori_loop(0, lax.div(count + (RANKS - 1), jnp.int32(RANKS)), some, y)
@@ -71,19 +69,16 @@ def _several_rows(*refs, names: tuple[str, ...], parts: int, rows: int):
     row = block * ROW_UNIT + lax.broadcasted_iota(jnp.int32, (1, ROW_UNIT), 1)
     y = summed(row, True)
     if "u" in ref:
-        first, count, begin = (plgpu.load(ref["ranges"].at[(*at, block, jnp.int32(i))]) for i in range(3))
-        u_rank = lax.broadcasted_iota(jnp.int32, (RANKS, ROW_UNIT), 0)
-        u_row = lax.broadcasted_iota(jnp.int32, (RANKS, ROW_UNIT), 1)
+        count, first = (plgpu.load(ref["ranges"].at[(*at, block, jnp.int32(i))]) for i in (1, 2))
+        u_row = block * ROW_UNIT + lax.broadcasted_iota(jnp.int32, (ROW_UNIT, RANKS), 0)
+        u_rank = lax.broadcasted_iota(jnp.int32, (ROW_UNIT, RANKS), 1)
         rank = lax.broadcasted_iota(jnp.int32, (1, RANKS), 1)
 
         def some(i, y):
             here = i * RANKS
-            index = (*at, begin + here + u_rank, u_row)
-            u = plgpu.load(ref["u"].at[index], mask=here + u_rank < count, other=0).astype(jnp.float32)
-            alive = here + rank < count
-            scale = plgpu.load(ref["v_scale"].at[(*at, first + here + rank)], mask=alive, other=0.0)
-            t = summed(rows + first + here + rank, alive) * scale
-            return y + plgpu.dot(t, u, precision=lax.Precision.HIGHEST)
+            u = plgpu.load(ref["u"].at[(*at, u_row, here + u_rank)]).astype(jnp.float32)
+            t = summed(rows + first + here + rank, here + rank < count)
+            return y + plgpu.dot(t, u.T, precision=lax.Precision.HIGHEST)
 
         y = lax.fori_loop(0, lax.div(count + (RANKS - 1), jnp.int32(RANKS)), some, y)
     index = (jnp.broadcast_to(item, y.shape), jnp.broadcast_to(row, y.shape))
@@ -98,7 +93,7 @@ def finish(
     layer: jax.Array | None = None,
     interpret: bool = False,
 ) -> Float[Array, "m n"]:
-    """y = Σ parts + U diag(scale) (V x) in `dtype`, for the weight's padded rows.
+    """y = Σ parts + U (diag(scale) V x) in `dtype`, for the weight's padded rows.
 
     Args:
         products: what a kernel's `partial_products` returned.
@@ -109,7 +104,7 @@ def finish(
     """
     parts, m, _ = products.shape
     batch = 1 if m == 1 else BATCH
-    fields = ("v_scale", "u", "ranges")
+    fields = ("u", "ranges")
     operands = {"products": products}
     operands |= weight_operands(weight, fields, None if weight.v is None else layer)
     body = partial(

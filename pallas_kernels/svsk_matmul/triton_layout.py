@@ -42,15 +42,18 @@ class TritonWeight:
       and u = x² + ρ; times f it is t + a t³ - δ. For the linear codebook f = 1 and the rest is not read.
     - `v`: int16 [R, 128 B], the sidecars' V over the tiles of all weights, zero outside its columns, as
       `pack_byte_planes` writes it.
-    - `v_scale`: f32 [R], the sidecars' scales / 2¹⁴.
-    - `u`: int8 [S, 64], for each 64 rows a matrix Uᵀ of [count, 64], one below the other; `ranges`: int32
-      [N / 64, 4], for each 64 rows the first row of `v` that they need, the count of them, the first row of
-      their matrix in `u`, and how many rows of `v` are not padding.
+    - `v_scale`: f32 [P], the sidecars' scales / 2¹⁴, padded to blocks of 128. `places`: int32 [P + 1], where
+      a product puts its number of each row of V, behind its N others, and last of all how many rows are not
+      padding; the numbers of padding come behind `sidecar_places`.
+    - `u`: int8 [N, S], S ranks of each row; `ranges`: int32 [N / 64, 3], for each 64 rows the first row of
+      `v` that they need, the count of them, at most S, and the place of the first.
 
-    `super_scales` is None with flat scales, the last four without any sidecar.
+    `super_scales` is None with flat scales, the last five without any sidecar.
 
     `rows`: of each weight, without padding. `paired`: whether rows 128 i to 128 i + 127 share their rows of V
-    (`in_pairs`). Leading axes on every leaf are a stack of layers.
+    (`in_pairs`). `tile_units`: T, where the first place of 64 rows i is ⌊i / T⌋ S; 0 where only `ranges` says
+    it. A kernel that finishes a product so needs to read nothing before it knows what to read. Leading axes
+    on every leaf are a stack of layers.
     """
 
     words: Leaf
@@ -59,6 +62,7 @@ class TritonWeight:
     constants: Leaf
     v: Leaf
     v_scale: Leaf
+    places: Leaf
     u: Leaf
     ranges: Leaf
     rows: tuple[int, ...] = dataclasses.field(metadata={"static": True})
@@ -66,6 +70,7 @@ class TritonWeight:
     group: int = dataclasses.field(metadata={"static": True})
     companded: bool = dataclasses.field(metadata={"static": True})
     paired: bool = dataclasses.field(metadata={"static": True})
+    tile_units: int = dataclasses.field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -81,6 +86,25 @@ class TritonWeight:
     def superblocks(self) -> int:
         """B: superblocks of a row."""
         return ceil_div(self.columns, SUPERBLOCK)
+
+    @property
+    def sidecar_ranks(self) -> int:
+        """S: ranks of each row, padding included, a multiple of 16; 0 without a sidecar."""
+        return 0 if self.u is None else self.u.shape[-1]
+
+    @property
+    def sidecar_places(self) -> int:
+        """Of the numbers that a product has for its sidecars' V, padding aside."""
+        if not self.tile_units:
+            return 0 if self.v_scale is None else self.v_scale.shape[-1]
+        return ceil_div(self.padded_rows // ROW_UNIT, self.tile_units) * self.sidecar_ranks
+
+    @property
+    def product_columns(self) -> int:
+        """Numbers of a row of x in a product before it is finished: rows of Ŵ, and those of V in their
+        places."""
+        padding = 0 if self.v_scale is None else self.v_scale.shape[-1]
+        return self.padded_rows + self.sidecar_places + padding
 
     @property
     def nbytes(self) -> int:
@@ -144,21 +168,22 @@ def lay_out(weights: SVSKWeight | Sequence[SVSKWeight]) -> TritonWeight:
     rows = tuple(weight.shape[0] for weight in weights)
     width = SUPERBLOCK * ceil_div(weights[0].shape[1], SUPERBLOCK)
     sidecars = gather_sidecars([weight.sidecar for weight in weights], rows, width, ROW_UNIT)
-    v, v_scale, u, ranges = (None, None, None, None) if sidecars is None else sidecars
     return TritonWeight(
         words=words,
         scales=scales,
         super_scales=supers,
         constants=constants,
-        v=None if v is None else pack_byte_planes(v),
-        v_scale=v_scale,
-        u=u,
-        ranges=ranges,
+        v=None if sidecars is None else pack_byte_planes(sidecars.v),
+        v_scale=None if sidecars is None else sidecars.v_scale,
+        places=None if sidecars is None else sidecars.places,
+        u=None if sidecars is None else sidecars.u,
+        ranges=None if sidecars is None else sidecars.ranges,
         rows=rows,
         columns=weights[0].shape[1],
         group=group,
         companded=companded,
         paired=in_pairs([weight.sidecar for weight in weights], rows, ROW_UNIT),
+        tile_units=0 if sidecars is None else sidecars.tile_units,
     )
 
 

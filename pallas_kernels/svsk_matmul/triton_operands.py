@@ -77,19 +77,23 @@ def sidecar_products(
     x_plane: Callable[[jax.Array, int], jax.Array],
     unit_at: Callable[[jax.Array], jax.Array],
     *,
+    weight: TritonWeight,
     block: jax.Array,
     first: jax.Array,
     superblocks: int,
     shape: tuple[int, int],
     asm: bool,
-) -> jax.Array:
-    """V x over some superblocks, f32 in units of UNITS[0].
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """V x over some superblocks, f32, what its rows are to be multiplied by, and where they go among the
+    numbers of a product. (That these are loaded behind the loop and their factors before it makes 6 % of some
+    products' time, by the machine code that the compiler then finds: benchmarks/speed/NOTES.md.)
 
     Args:
-        ref: with `v` and `ranges`.
+        ref: with `v`, `v_scale` and `places`.
         at: see `stack_index`.
         x_plane: loads the x of a superblock, counted from the first, and a plane of it.
         unit_at: loads the unit of a superblock for each column of x, or for all as one.
+        weight: its shapes.
         block: which rows of V, in blocks of shape[0].
         first: superblock.
         superblocks: how many.
@@ -98,8 +102,11 @@ def sidecar_products(
     """
     rows = shape[0]
     row = block * rows + lax.broadcasted_iota(jnp.int32, (rows, PLANE), 0)
-    alive = row < plgpu.load(ref["ranges"].at[(*at, jnp.int32(0), jnp.int32(3))])
     column = lax.broadcasted_iota(jnp.int32, (rows, PLANE), 1)
+
+    alive = row < plgpu.load(ref["places"].at[(*at, jnp.int32(ref["v_scale"].shape[-1]))])
+    own = pl.ds(block * rows, rows)
+    scale = plgpu.load(ref["v_scale"].at[(*at, own)]) * (1 / UNITS[0])
 
     def superblock(i, total):
         product = jnp.zeros(shape, jnp.float32)
@@ -112,4 +119,5 @@ def sidecar_products(
                 product += plgpu.dot(jnp.full((rows, PLANE), -128 * UNITS[0], jnp.float16), x)
         return fma_f32(product, jnp.broadcast_to(unit_at(i)[None, :], shape), total, asm=asm)
 
-    return lax.fori_loop(0, superblocks, superblock, jnp.zeros(shape, jnp.float32))
+    total = lax.fori_loop(0, superblocks, superblock, jnp.zeros(shape, jnp.float32))
+    return total, scale, weight.padded_rows + plgpu.load(ref["places"].at[(*at, own)])

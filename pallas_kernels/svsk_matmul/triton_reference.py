@@ -69,9 +69,8 @@ def _restore_sidecar(weight: TritonWeight) -> Float[Array, "n k"]:
 
 def _dense_u(weight: TritonWeight) -> Float[Array, "n r"]:
     """U diag(scale) over all rows of V, f32."""
-    first, count, begin, _ = (jnp.repeat(column, ROW_UNIT) for column in weight.ranges.T)
-    row = jnp.arange(weight.padded_rows) % ROW_UNIT
+    first, count, _ = (jnp.repeat(column, ROW_UNIT) for column in weight.ranges.T)
     column = jnp.arange(weight.v.shape[0]) - first[:, None]
     alive = (column >= 0) & (column < count[:, None])
-    index = jnp.where(alive, begin[:, None] + column, 0)
-    return jnp.where(alive, weight.u[index, row[:, None]].astype(jnp.float32), 0.0) * weight.v_scale
+    u = jnp.take_along_axis(weight.u, jnp.where(alive, column, 0), axis=1)
+    return jnp.where(alive, u.astype(jnp.float32), 0.0) * weight.v_scale[: weight.v.shape[0]]

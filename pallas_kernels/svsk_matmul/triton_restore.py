@@ -56,8 +56,8 @@ def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, asm: bool):
         return level * (small_to_f32(scale) * supers[:, None])
 
     def sidecar(plane, total):
-        first, count, begin = (plgpu.load(ref["ranges"].at[(*at, block, jnp.int32(i))]) for i in range(3))
-        u_row = lax.broadcasted_iota(jnp.int32, (ROW_UNIT, RANKS), 0)
+        first, count = (plgpu.load(ref["ranges"].at[(*at, block, jnp.int32(i))]) for i in range(2))
+        u_row = block * ROW_UNIT + lax.broadcasted_iota(jnp.int32, (ROW_UNIT, RANKS), 0)
         u_rank = lax.broadcasted_iota(jnp.int32, (ROW_UNIT, RANKS), 1)
         v_rank = lax.broadcasted_iota(jnp.int32, (RANKS, PLANE), 0)
         column = lax.broadcasted_iota(jnp.int32, (RANKS, PLANE), 1)
@@ -65,12 +65,12 @@ def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, asm: bool):
         def some(i, total):
             here = i * RANKS
             alive = here + u_rank < count
-            u = plgpu.load(ref["u"].at[(*at, begin + here + u_rank, u_row)], mask=alive, other=0)
+            u = plgpu.load(ref["u"].at[(*at, u_row, here + u_rank)]).astype(jnp.float32)
             scale = plgpu.load(ref["v_scale"].at[(*at, first + here + u_rank)], mask=alive, other=0.0)
             # A power of two takes the largest factor to 1 to 2, so that all fit f16.
             bits = lax.bitcast_convert_type(jnp.max(jnp.abs(scale)), jnp.int32) & 0x7F800000
             unit = lax.bitcast_convert_type(jnp.maximum(bits, 1 << 23), jnp.float32)
-            u = (u.astype(jnp.float32) * (scale / unit)).astype(jnp.float16)
+            u = (u * (scale / unit)).astype(jnp.float16)
             index = (*at, first + here + v_rank, (2 * b + plane // 2) * PLANE + column)
             pairs = plgpu.load(ref["v"].at[index], mask=here + v_rank < count, other=0)
             byte = lax.shift_right_logical(pairs, jnp.int16(8 * (plane % 2))) & jnp.int16(255)

@@ -27,7 +27,6 @@ from pallas_kernels.svsk_matmul.triton_operands import (
 )
 from pallas_kernels.svsk_matmul.triton_planes import (
     LINEAR_STEP,
-    UNITS,
     companded_plane,
     fma_f32,
     linear_plane,
@@ -122,28 +121,31 @@ def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, blocks: Blocks,
         start = [jnp.zeros(shape, jnp.float32)] * strips, super_at(0)
         totals, _ = lax.fori_loop(0, blocks.superblocks, superblock, start)
         to_levels = jnp.broadcast_to(factor, shape) if weight.companded else jnp.float32(1 / LINEAR_STEP)
-        return [total * to_levels for total in totals]
+        for row, total in zip(own, totals, strict=True):
+            plgpu.store(ref["out"].at[part, pl.ds(*items), row], (total * to_levels).T)
 
     def sidecar():
-        totals = (
-            sidecar_products(
+        item = items[0] + lax.broadcasted_iota(jnp.int32, shape[::-1], 0)
+        for strip in range(strips):
+            total, scale, place = sidecar_products(
                 ref,
                 at,
                 lambda i, plane: load_columns(ref["x"], items, first + i, plane * PLANE, PLANE),
                 unit_at,
+                weight=weight,
                 block=(block - base_blocks) * strips + strip,
                 first=first,
                 superblocks=blocks.superblocks,
                 shape=shape,
                 asm=asm,
             )
-            for strip in range(strips)
-        )
-        return [total * (1 / UNITS[0]) for total in totals]
+            index = part, item, jnp.broadcast_to(place[None, :], item.shape)
+            plgpu.store(ref["out"].at[index], (total * scale[:, None]).T)
 
-    results = base() if weight.v is None else lax.cond(block < base_blocks, base, sidecar)
-    for strip, result in enumerate(results):
-        plgpu.store(ref["out"].at[:, pl.ds(strip * shape[0], shape[0])], result.T)
+    if weight.v is None:
+        base()
+    else:
+        lax.cond(block < base_blocks, base, sidecar)
 
 
 def partial_products(
@@ -153,8 +155,9 @@ def partial_products(
     *,
     layer: jax.Array | None = None,
     interpret: bool = False,
-) -> Float[Array, "parts m rows"]:
-    """Parts of x Ŵᵀ without sidecar, for the weight's padded rows, and after them of x Vᵀ; f32.
+) -> Float[Array, "parts m columns"]:
+    """Parts of x Ŵᵀ without sidecar, for the weight's padded rows, and after them of x Vᵀ diag(scale), in
+    their places; f32.
 
     Args:
         x: a multiple of `blocks.batch` rows.
@@ -167,7 +170,7 @@ def partial_products(
     v_blocks = 0 if weight.v is None else ceil_div(weight.v.shape[-2], blocks.rows)
     m = x.unit.shape[0]
     grid = (weight.padded_rows // blocks.rows + v_blocks, m // blocks.batch, parts)
-    fields = ("words", "scales", "constants", "super_scales", "v", "ranges")
+    fields = ("words", "scales", "constants", "super_scales", "v", "v_scale", "places")
     operands = {"x": x.values, "unit": x.unit, **weight_operands(weight, fields, layer)}
     unit = pl.BlockSpec((blocks.batch, x.unit.shape[1]), lambda i, m, k: (m, 0))
     specs = [unit if name == "unit" else pl.BlockSpec() for name in operands]
@@ -182,8 +185,7 @@ def partial_products(
         body,
         grid=grid,
         in_specs=specs,
-        out_specs=pl.BlockSpec((None, blocks.batch, blocks.rows), lambda i, m, k: (k, m, i)),
-        out_shape=jax.ShapeDtypeStruct((parts, m, grid[0] * blocks.rows), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((parts, m, weight.product_columns), jnp.float32),
         compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
         name=NAME,

@@ -1,6 +1,7 @@
 """Sidecars of several weights gathered into what the Triton kernels read."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +11,29 @@ from jax.core import Tracer
 from pallas_kernels.svsk_matmul.layout import ceil_div
 from pallas_kernels.svsk_matmul.types import SIDECAR_UNIT, Leaf, Sidecar
 
-V_UNIT = 64
-"""Rows of V are padded to a multiple of this, and those of U to a multiple of `U_UNIT` for each block of
-rows, so that the layers of a model differ in few shapes and their kernels are compiled once."""
-U_UNIT = 2
+V_UNIT, U_UNIT = 64, 16
+"""Rows of V are padded to a multiple of the first, ranks of U to a multiple of the second, so that the layers
+of a model differ in few shapes and their kernels are compiled once."""
+LARGEST_BLOCK = 128
+"""Rows of V that a program takes at most: it may run over the last one."""
+
+
+class Gathered(NamedTuple):
+    """What `TritonWeight` describes by these names, but V as int8 [R, columns]."""
+
+    v: Leaf
+    v_scale: Leaf
+    places: Leaf
+    u: Leaf
+    ranges: Leaf
+    tile_units: int
 
 
 def gather_sidecars(
     sidecars: Sequence[Sidecar | None], rows: Sequence[int], columns: int, row_unit: int
-) -> tuple[Leaf, Leaf, Leaf, Leaf] | None:
-    """V int8 [R, columns], its scales / 2¹⁴ f32 [R], Uᵀ int8 and `ranges` int32 as `TritonWeight` describes
-    them, or None if no sidecar has a rank. Concrete factors are gathered on the host: every layer has ranks
-    of its own, and a compiled gather would serve one layer.
+) -> Gathered | None:
+    """The sidecars, or None if none has a rank. Concrete factors are gathered on the host: every layer has
+    ranks of its own, and a compiled gather would serve one layer.
 
     Args:
         sidecars: of each weight.
@@ -35,27 +47,31 @@ def gather_sidecars(
     sizes = np.cumsum([0, *(each.v.shape[0] for each in present)])
     u_sizes = np.cumsum([0, *(each.u.shape[0] for each in present)])
     v_index, u_index, ranges = [], [], []
-    v_rows = u_rows = at = 0
+    v_rows = at = 0
     for sidecar, n in zip(sidecars, rows, strict=True):
-        part = np.zeros((ceil_div(n, row_unit), 4), np.int32)
+        blocks = ceil_div(n, row_unit)
+        part = np.zeros((blocks, 3), np.int32)
         ranges.append(part)
         if sidecar is None or not sum(map(sum, sidecar.ranks)):
+            u_index += [np.zeros((row_unit, 0), np.int64)] * blocks
             continue
         first, v_places = _v_places(sidecar, columns)
         v_index.append(np.where(v_places >= 0, v_places + sizes[at], sizes[-1]))
         for block, (low, high, places) in enumerate(_u_places(sidecar, first, row_unit)):
-            u_index.append(np.where(places >= 0, places + u_sizes[at], u_sizes[-1]).T)
-            part[block, :3] = v_rows + low, high - low, u_rows
-            u_rows += high - low
+            u_index.append(np.where(places >= 0, places + u_sizes[at], u_sizes[-1]))
+            part[block, :2] = v_rows + low, high - low
         v_rows += first[-1]
         at += 1
     ranged = np.concatenate(ranges)
-    ranged[:, 3] = v_rows
     v_padded = V_UNIT * ceil_div(v_rows, V_UNIT)
-    u_unit = U_UNIT * len(ranged)
-    u_padded = u_unit * ceil_div(u_rows, u_unit)
     v_flat = np.pad(np.concatenate(v_index), ((0, v_padded - v_rows), (0, 0)), constant_values=sizes[-1])
-    u_flat = np.pad(np.concatenate(u_index), ((0, u_padded - u_rows), (0, 0)), constant_values=u_sizes[-1])
+    stride = U_UNIT * ceil_div(int(ranged[:, 1].max()), U_UNIT)
+    u_flat = np.full((len(ranged), row_unit, stride), u_sizes[-1])
+    for block, index in zip(u_flat, u_index, strict=True):
+        block[:, : index.shape[1]] = index
+    tile_units = _tile_units(sidecars, rows, row_unit)
+    most = LARGEST_BLOCK * ceil_div(v_padded, LARGEST_BLOCK)
+    place = _places(ranged, most, stride, tile_units)
     traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(present))
     xp = jnp if traced else np
 
@@ -64,9 +80,41 @@ def gather_sidecars(
         return jnp.asarray(xp.concatenate([*(xp.asarray(leaf) for leaf in leaves), zero])[index])
 
     scale = xp.concatenate([xp.asarray(each.scale) for each in present]).astype(np.float32)
-    scale = jnp.asarray(xp.pad(scale, (0, v_padded - v_rows))) * SIDECAR_UNIT
-    v, u = gather([each.v for each in present], v_flat), gather([each.u for each in present], u_flat)
-    return v, scale, u, jnp.asarray(ranged)
+    scale = jnp.asarray(xp.pad(scale, (0, most - v_rows))) * SIDECAR_UNIT
+    return Gathered(
+        v=gather([each.v for each in present], v_flat),
+        v_scale=scale,
+        places=jnp.asarray(place),
+        u=gather([each.u for each in present], u_flat.reshape(-1, stride)),
+        ranges=jnp.asarray(ranged),
+        tile_units=tile_units,
+    )
+
+
+def _tile_units(sidecars: Sequence[Sidecar | None], rows: Sequence[int], row_unit: int) -> int:
+    """A number of blocks of `row_unit` rows such that each tile begins at a multiple of it and has no more,
+    or 0 if there is none."""
+    tiles, first = [], 0
+    for sidecar, n in zip(sidecars, rows, strict=True):
+        for start, stop in () if sidecar is None else sidecar.row_spans:
+            if start % row_unit:
+                return 0
+            tiles.append((first + start // row_unit, ceil_div(stop - start, row_unit)))
+        first += ceil_div(n, row_unit)
+    most = max(size for _, size in tiles)
+    return 0 if any(start % most for start, _ in tiles) else most
+
+
+def _places(ranges: np.ndarray, v_rows: int, stride: int, tile_units: int) -> np.ndarray:
+    """`TritonWeight.places`; into `ranges` goes the first place of each block."""
+    blocks = np.arange(len(ranges))
+    ranges[:, 2] = blocks // tile_units * stride if tile_units else ranges[:, 0]
+    places = ceil_div(len(blocks), tile_units) * stride if tile_units else v_rows
+    found = places + np.arange(v_rows + 1, dtype=np.int32)
+    found[-1] = max(ranges[:, 0] + ranges[:, 1])
+    for first, count, place in ranges:
+        found[first : first + count] = place + np.arange(count)
+    return found
 
 
 def in_pairs(sidecars: Sequence[Sidecar | None], rows: Sequence[int], row_unit: int) -> bool:

@@ -101,9 +101,9 @@ def test_the_layout_holds_the_same_weight(form):
 
 def test_bytes_of_the_layout():
     weight = random_weight(np.random.default_rng(1), 512, 1024, ranks=16)
-    # Scales take a byte instead of six bits, ranges and codebook of each 64 rows 32 bytes; V has 64 rows
-    # instead of 16, with f32 scales.
-    assert lay_out(weight).nbytes == weight.nbytes + 512 * 64 // 4 + 8 * 32 - 4 + 48 * 1024 + 64 * 4 - 16 * 2
+    # Scales take a byte instead of six bits, ranges and codebook of each 64 rows 28 bytes; V has 64 rows
+    # instead of 16, with f32 scales and places.
+    assert lay_out(weight).nbytes == weight.nbytes + 512 * 64 // 4 + 8 * 28 + 48 * 1024 + 128 * 8 - 16 * 2
 
 
 def test_layers_whose_ranks_differ_have_the_same_shapes():
