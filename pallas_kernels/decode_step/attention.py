@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode_step.heads import Heads, finishing_heads
 from pallas_kernels.decode_step.launch import launch
-from pallas_kernels.decode_step.product import WIDTH, Product, plane_columns, starts
+from pallas_kernels.decode_step.product import WIDTH, Product, plane_columns, starts, unaligned
 from pallas_kernels.svsk_matmul.layout import ceil_div
 from pallas_kernels.svsk_matmul.triton_layout import PLANE
 from pallas_kernels.svsk_matmul.triton_operands import Refs, abstract
@@ -20,10 +20,11 @@ from pallas_kernels.svsk_matmul.triton_planes import fma_f32
 from pallas_kernels.svsk_matmul.triton_prepare import PLANES, Prepared, abstract_prepared, store_superblock
 
 NAME = "svsk_attend"
-POSITIONS = 64
-"""Positions that a program takes at a time."""
-WARPS, WARPS_OF_LARGE, STAGES = 4, 8, 3
-"""Of a program, of one whose heads overflow the registers of four warps, and of what it loads ahead."""
+POSITIONS, POSITIONS_OF_MANY = 64, 32
+"""Positions that a program takes at a time, and where there are `MANY`."""
+WARPS, WARPS_OF_LARGE, WARPS_OF_MANY, STAGES = 4, 8, 2, 3
+"""Of a program, of one whose heads overflow the registers of four warps, of one of `MANY`, and of what it
+loads ahead."""
 SMALL_TILE, LARGE_TILE = 8, 32
 """Heads that four warps hold, and that they do not; between them, eight warps pay where a program has a
 multiprocessor alone."""
@@ -31,6 +32,9 @@ MOST_QUERIES = 16
 """Of a key head."""
 PROGRAMS = 128
 """Programs that fill a GPU."""
+MANY = 2 * PROGRAMS
+"""Programs, beyond which they are small, so that four fit on a multiprocessor: of the others two do, and
+there would be a second wave."""
 MOST_SPLITS = 32
 SPLITS, MOST_JOINED = 16, 8192
 """Of the positions, and numbers of a key head in all of them, beyond which another split costs more to join
@@ -77,6 +81,7 @@ def _attend(
     columns: int,
     eps: float,
     warps: int,
+    positions: int,
     interpret: bool,
 ) -> None:
     head, split = lax.div(program, jnp.int32(splits)), lax.rem(program, jnp.int32(splits))
@@ -89,13 +94,13 @@ def _attend(
     )
     slot = jnp.minimum(length, capacity - 1)
     begin = jnp.maximum(length + 1 - window, 0)
-    size = POSITIONS * lax.div(slot - begin + (POSITIONS * splits - 1), jnp.int32(POSITIONS * splits))
+    size = positions * lax.div(slot - begin + (positions * splits - 1), jnp.int32(positions * splits))
     start = begin + split * size
     stop = jnp.minimum(start + size, slot)
 
     def block(position):
-        index = position + lax.broadcasted_iota(jnp.int32, (POSITIONS, half), 0)
-        column = lax.broadcasted_iota(jnp.int32, (POSITIONS, half), 1)
+        index = position + lax.broadcasted_iota(jnp.int32, (positions, half), 0)
+        column = lax.broadcasted_iota(jnp.int32, (positions, half), 1)
         return tuple(
             plgpu.load(ref[name].at[item, index, head, side + column], mask=index < stop, other=0)
             for name in ("keys", "values")
@@ -114,6 +119,7 @@ def _attend(
     def new_position():
         """It is written into the cache, and read from there by the threads that need it."""
         row, lane = (lax.broadcasted_iota(jnp.int32, made[0].shape, axis) for axis in range(2))
+        lane += unaligned(head) - head
         for name, place in (("new_keys", key_row), ("new_values", key_row + 1)):
             for side, each in zip((0, half), made, strict=True):
                 # In interpret mode a masked store writes all it is given, and these share an index.
@@ -152,10 +158,10 @@ def _attend(
         return low, high, larger, weight * shrink + jnp.sum(p, axis=0)
 
     carry = some(lax.cond(is_last, new_position, nothing), start, first)
-    blocks = lax.div(jnp.maximum(stop - start, 0) + (POSITIONS - 1), jnp.int32(POSITIONS))
+    blocks = lax.div(jnp.maximum(stop - start, 0) + (positions - 1), jnp.int32(positions))
 
     def further(i, carry):
-        position = start + i * POSITIONS
+        position = start + i * positions
         return some(carry, position, block(position))
 
     *totals, most, weight = lax.fori_loop(1, blocks, further, carry)
@@ -252,9 +258,10 @@ def attend(
             f"attend: {heads.queries} heads on {num_keys} key heads; at most {MOST_QUERIES} of each are taken"
         )
     splits = splits_of(capacity, num_keys * m, heads.queries_per_key * dim)
-    alone = num_keys * m * splits <= PROGRAMS
-    large = heads.rows >= LARGE_TILE or (heads.rows > SMALL_TILE and alone)
-    warps = WARPS_OF_LARGE if large else WARPS
+    programs = num_keys * m * splits
+    large = heads.rows >= LARGE_TILE or (heads.rows > SMALL_TILE and programs <= PROGRAMS)
+    many = heads.rows <= SMALL_TILE and programs > MANY
+    warps = WARPS_OF_LARGE if large else WARPS_OF_MANY if many else WARPS
     operands = {"squares": squares, "cos": turns[0], "sin": turns[1], "lengths": lengths}
     operands |= product.operands
     if norms is not None:
@@ -285,6 +292,7 @@ def attend(
             columns=columns,
             eps=eps,
             warps=warps,
+            positions=POSITIONS_OF_MANY if many else POSITIONS,
             interpret=interpret,
         ),
         NAME,

@@ -24,8 +24,8 @@ from pallas_kernels.svsk_matmul.triton_operands import Refs, abstract
 from pallas_kernels.svsk_matmul.triton_prepare import RUN, Prepared, abstract_prepared, store_superblock
 
 NAME = "svsk_gated"
-WARPS, WARPS_OF_MANY = 8, 4
-"""Of a program: for one token and for several."""
+WARPS = 8
+"""Of a program: a column has a thread."""
 
 
 def _work(
@@ -36,14 +36,13 @@ def _work(
     product: Product,
     columns: int,
     eps: float,
-    warps: int,
 ) -> None:
     width = product.weight.rows[0]
     column = plane_columns(superblock)
     inside = column < width
     # Beyond the gate's padded rows lie the first of up: what is read of them is masked below.
     rows = [starts(first + superblock * WIDTH, PLANES, PLANE) for first in (0, padded(width))]
-    finish = finishing(ref, product, item, rows, PLANE, threads=32 * warps)
+    finish = finishing(ref, product, item, rows, PLANE, threads=32 * WARPS)
     rows_of_each = product.parts.shape[1] // ref["squares"].shape[0]
     squares = load_squares(ref, lax.div(item, jnp.int32(rows_of_each)))
     norm = inverse_rms(squares, columns, eps)
@@ -75,18 +74,17 @@ def finish_gated(
     """
     rows = product.parts.shape[1]
     superblocks = ceil_div(product.weight.rows[0], WIDTH)
-    warps = WARPS if len(squares) == 1 else WARPS_OF_MANY
     operands = {"squares": squares, **product.operands}
     run = RUN if product.chosen is None else SUPERBLOCK
     shapes = abstract_prepared(rows, superblocks, run)._asdict()
     values, unit = launch(
-        partial(_work, product=abstract(product), columns=columns, eps=eps, warps=warps),
+        partial(_work, product=abstract(product), columns=columns, eps=eps),
         NAME,
         operands,
         shapes,
         programs=superblocks,
         rows=rows,
-        warps=warps,
+        warps=WARPS,
         interpret=interpret,
     )
     return Prepared(values, unit)

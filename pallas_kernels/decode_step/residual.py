@@ -26,8 +26,8 @@ from pallas_kernels.svsk_matmul.triton_operands import Refs, abstract
 from pallas_kernels.svsk_matmul.triton_prepare import RUN, Prepared, abstract_prepared, store_superblock
 
 NAME = "svsk_residual"
-WARPS, WARPS_OF_MANY = 8, 4
-"""Of a program: for one token, where a column has a thread, and for several."""
+WARPS = 8
+"""Of a program: a column has a thread, and a number that goes to other devices too."""
 
 
 class Residual(NamedTuple):
@@ -42,7 +42,7 @@ class Residual(NamedTuple):
     what is made of it: W (x · scale) / rms = W norm(x)."""
 
 
-def _work(ref: Refs, superblock: jax.Array, row: jax.Array, *, product: Product | None, warps: int) -> None:
+def _work(ref: Refs, superblock: jax.Array, row: jax.Array, *, product: Product | None) -> None:
     tokens, columns = ref["x"].shape
     # Rows that only fill up the next product's batch are zero.
     item = jnp.minimum(row, tokens - 1)
@@ -51,7 +51,7 @@ def _work(ref: Refs, superblock: jax.Array, row: jax.Array, *, product: Product 
     finish, total = None, None
     if product is not None:
         rows = [starts(superblock * WIDTH, PLANES, PLANE)]
-        finish = finishing(ref, product, item, rows, PLANE, threads=32 * warps)
+        finish = finishing(ref, product, item, rows, PLANE, threads=32 * WARPS)
     if "turn" in ref:
         total = over_devices(ref, item * (ref["squares"].shape[1] * WIDTH) + column)
     x = plgpu.load(ref["x"].at[item, column], mask=inside, other=0).astype(jnp.float32)
@@ -111,8 +111,6 @@ def finish_residual(
     operands = {"x": x, "scale": scale, **({} if product is None else product.operands)}
     operands |= {} if boxes is None else boxes.operands
     rows = m if rows is None else rows
-    # Numbers that go to other devices have a thread each too.
-    warps = WARPS if m == 1 or boxes is not None else WARPS_OF_MANY
     shapes = {
         "out": jax.ShapeDtypeStruct((m, d), jnp.float32),
         "squares": jax.ShapeDtypeStruct((m, superblocks), jnp.float32),
@@ -120,13 +118,13 @@ def finish_residual(
         **({"next": jax.ShapeDtypeStruct((1,), jnp.int32)} if boxes is not None else {}),
     }
     out, squares, values, unit, *turn = launch(
-        partial(_work, product=None if product is None else abstract(product), warps=warps),
+        partial(_work, product=None if product is None else abstract(product)),
         NAME,
         operands,
         shapes,
         programs=superblocks,
         rows=rows,
-        warps=warps,
+        warps=WARPS,
         interpret=interpret,
     )
     stream = Residual(x=out, squares=squares, scaled=Prepared(values, unit))

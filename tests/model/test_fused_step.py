@@ -10,6 +10,7 @@ import pytest
 from support import TINY
 from weights import random_int8, random_weight
 
+from pallas_kernels.decode_step import attention
 from pallas_kernels.decode_step.attention import splits_of
 from pallas_kernels.decode_step.product import Chosen, product
 from pallas_kernels.svsk_matmul.triton_prepare import Prepared
@@ -47,7 +48,8 @@ CONFIGS = {
     ),
     "eight queries for a key head": (
         dataclasses.replace(BASE, num_heads=8, qk_norm=True),
-        {"ranks": (1, 3)},
+        # The tile of keys begins at no multiple of two blocks.
+        {"ranks": (1, 3), "tile": (128, 0)},
     ),
     "a head in 4 bits": (BASE, {"group": 32, "embedding": {"group": 16}}),
     "a mixture behind a dense layer": (
@@ -127,6 +129,23 @@ def test_sequences_of_different_lengths(name):
     assert jnp.max(difference) < 1e-2
     untouched = jnp.arange(128)[None, :] != lengths[:, None]
     assert jnp.max(jnp.where(untouched[:, :, None, None], difference, 0)) == 0
+
+
+def test_small_programs_of_attention(monkeypatch):
+    """As where there are many texts: three blocks of positions."""
+    monkeypatch.setattr(attention, "MANY", 0)
+    attention.attend.clear_cache()
+    exact, model = models("one key head of 64")
+    tokens = jnp.asarray(np.random.default_rng(2).integers(0, 97, (8, 72)), jnp.int32)
+    item, lengths = jnp.arange(8), jnp.asarray([0, 31, 32, 33, 63, 64, 70, 71], jnp.int32)
+    filled = extend(exact, tokens, KVCache.empty(model.config, 8, 72, exact.dtype))
+    keys, values = (
+        tuple(each.astype(model.dtype) for each in cache) for cache in (filled.keys, filled.values)
+    )
+    logits, *_ = fused_step(model, tokens[item, lengths], keys, values, lengths, interpret=True)
+    expected = run(exact, tokens)[item, lengths]
+    assert jnp.max(jnp.linalg.norm(logits - expected, axis=-1) / jnp.linalg.norm(expected, axis=-1)) < 1e-2
+    attention.attend.clear_cache()
 
 
 @pytest.mark.parametrize(

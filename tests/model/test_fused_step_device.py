@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from test_fused_step import CONFIGS, extend, models, run
 
+from pallas_kernels.decode_step import attention
 from pallas_kernels.svsk_matmul import why_no_triton
 from svsk_jax.model import KVCache
 from svsk_jax.model.fused_step import fused_step
@@ -25,6 +26,18 @@ LENGTHS = [0, 1, 63, 64, 700, 1023, 1024, 1500]
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_long_and_short_texts(name, batch):
+    check(name, batch, step)
+
+
+def test_small_programs_of_attention(monkeypatch):
+    """As where there are many texts."""
+    monkeypatch.setattr(attention, "MANY", 0)
+    attention.attend.clear_cache()
+    check("heads of 128 with norms", 8, jax.jit(lambda *arguments: fused_step(*arguments)))
+    attention.attend.clear_cache()
+
+
+def check(name, batch, step):
     exact, model = models(name)
     tokens = jnp.asarray(np.random.default_rng(3).integers(0, 97, (batch, LENGTHS[-1] + 1)), jnp.int32)
     filled = extend(exact, tokens, KVCache.empty(model.config, batch, CAPACITY, exact.dtype))
