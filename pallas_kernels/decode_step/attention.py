@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode_step.heads import Heads, finishing_heads
 from pallas_kernels.decode_step.launch import launch
-from pallas_kernels.decode_step.product import WIDTH, Product, plane_columns, starts, unaligned
+from pallas_kernels.decode_step.product import RANKS, WIDTH, Product, hidden_zero, plane_columns, starts
 from pallas_kernels.svsk_matmul.layout import ceil_div
 from pallas_kernels.svsk_matmul.triton_layout import PLANE
 from pallas_kernels.svsk_matmul.triton_operands import Refs, abstract
@@ -119,7 +119,7 @@ def _attend(
     def new_position():
         """It is written into the cache, and read from there by the threads that need it."""
         row, lane = (lax.broadcasted_iota(jnp.int32, made[0].shape, axis) for axis in range(2))
-        lane += unaligned(head) - head
+        lane += hidden_zero(head)
         for name, place in (("new_keys", key_row), ("new_values", key_row + 1)):
             for side, each in zip((0, half), made, strict=True):
                 # In interpret mode a masked store writes all it is given, and these share an index.
@@ -260,7 +260,8 @@ def attend(
     splits = splits_of(capacity, num_keys * m, heads.queries_per_key * dim)
     programs = num_keys * m * splits
     large = heads.rows >= LARGE_TILE or (heads.rows > SMALL_TILE and programs <= PROGRAMS)
-    many = heads.rows <= SMALL_TILE and programs > MANY
+    # More ranks at once overflow their registers.
+    many = heads.rows <= SMALL_TILE and programs > MANY and product.weight.sidecar_ranks <= RANKS
     warps = WARPS_OF_LARGE if large else WARPS_OF_MANY if many else WARPS
     operands = {"squares": squares, "cos": turns[0], "sin": turns[1], "lengths": lengths}
     operands |= product.operands

@@ -12,9 +12,9 @@ from pallas_kernels.decode_step.product import (
     Product,
     biased,
     finishing,
+    hidden_zero,
     inverse_rms,
     load_squares,
-    unaligned,
 )
 from pallas_kernels.svsk_matmul.triton_layout import ROW_UNIT
 from pallas_kernels.svsk_matmul.triton_operands import Refs
@@ -84,7 +84,7 @@ def finishing_heads(
     shared = product.weight.paired and half == ROW_UNIT
     finish = finishing(ref, product, item, starts, half, shared=shared, threads=threads)
     squares = load_squares(ref, item)
-    turn = unaligned(head) - head + lax.broadcasted_iota(jnp.int32, (rows, half), 1)
+    turn = hidden_zero(head) + lax.broadcasted_iota(jnp.int32, (rows, half), 1)
     row = lax.broadcasted_iota(jnp.int32, (rows, half), 0)
     cos, sin = (plgpu.load(ref[name].at[item, turn], mask=row <= key, other=0.0) for name in ("cos", "sin"))
     scales = []

@@ -19,7 +19,7 @@ from pallas_kernels.svsk_matmul.tuning import batch_of, configuration
 from pallas_kernels.svsk_matmul.types import Leaf
 
 RANKS = 16
-"""Rows of the sidecar that are taken at a time."""
+"""Of the sidecar, taken at a time."""
 WIDTH = PLANES * PLANE
 """Columns that a program finishes: a superblock of the next product's x."""
 
@@ -113,11 +113,12 @@ def starts(first: jax.Array | int, height: int, width: int) -> jax.Array:
     return first + lax.broadcasted_iota(jnp.int32, (height, 1), 0) * width
 
 
-def unaligned(index: jax.Array) -> jax.Array:
-    """Within a kernel: an index that is not negative, hidden from the compiler's look for what is aligned.
-    There a thread loads one number and not the next ones too, so that all that is to meet, a row's ranks
-    among it, lies in the same threads."""
-    return index + jnp.minimum(index + 1, 0)
+def hidden_zero(index: jax.Array) -> jax.Array:
+    """Within a kernel: zero, for an index that is not negative, of which the compiler knows neither. Added to
+    an index it hides what that is a multiple of, so that a thread accesses one number there and not the next
+    ones too. Tensors of which all accesses are so have their elements in the same threads as the sums over a
+    row's ranks, and need not go through shared memory to meet them."""
+    return jnp.minimum(index + 1, 0)
 
 
 def load_squares(ref: Refs, item: jax.Array) -> jax.Array:
@@ -166,7 +167,7 @@ def finishing(
             rows of the weight on there are zeros.
         width: of rows.
         shared: whether all starts need the same rows of V.
-        threads: of the program. Where there are as many as rows of y, or fewer, each row is in one of them.
+        threads: of the program, over which V x is spread.
     """
     padded_rows, ranks = product.weight.padded_rows, product.weight.sidecar_ranks
     parts, tile_units = product.parts.shape[0], product.weight.tile_units
@@ -175,7 +176,7 @@ def finishing(
     units: list[_Unit] = []
     for start in starts:
         alive = start < padded_rows
-        row = unaligned(start) + lax.broadcasted_iota(jnp.int32, (start.shape[0], width), 1)
+        row = start + hidden_zero(start) + lax.broadcasted_iota(jnp.int32, (start.shape[0], width), 1)
         mask = jnp.broadcast_to(alive, row.shape)
         found.append(
             [

@@ -16,7 +16,7 @@ from pallas_kernels.svsk_matmul.triton_operands import named, stack_index, weigh
 
 NAME = "svsk_epilogue"
 RANKS = 16
-"""Sidecar rows taken at a time."""
+"""Of the sidecar, taken at a time."""
 BATCH = 16
 """Rows of x that a program finishes, where there are several."""
 
@@ -86,7 +86,7 @@ def _several_rows(*refs, names: tuple[str, ...], parts: int, rows: int):
 
 
 def finish(
-    products: Float[Array, "parts m rows"],
+    products: Float[Array, "parts m columns"],
     weight: TritonWeight,
     dtype: DTypeLike,
     *,

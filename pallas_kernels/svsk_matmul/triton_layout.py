@@ -43,8 +43,8 @@ class TritonWeight:
     - `v`: int16 [R, 128 B], the sidecars' V over the tiles of all weights, zero outside its columns, as
       `pack_byte_planes` writes it.
     - `v_scale`: f32 [P], the sidecars' scales / 2¹⁴, padded to blocks of 128. `places`: int32 [P + 1], where
-      a product puts its number of each row of V, behind its N others, and last of all how many rows are not
-      padding; the numbers of padding come behind `sidecar_places`.
+      a product puts its number of each row of V, behind its N others (of padding, behind those of tiles), and
+      last of all how many rows are not padding.
     - `u`: int8 [N, S], S ranks of each row; `ranges`: int32 [N / 64, 3], for each 64 rows the first row of
       `v` that they need, the count of them, at most S, and the place of the first.
 
@@ -93,18 +93,13 @@ class TritonWeight:
         return 0 if self.u is None else self.u.shape[-1]
 
     @property
-    def sidecar_places(self) -> int:
-        """Of the numbers that a product has for its sidecars' V, padding aside."""
-        if not self.tile_units:
-            return 0 if self.v_scale is None else self.v_scale.shape[-1]
-        return ceil_div(self.padded_rows // ROW_UNIT, self.tile_units) * self.sidecar_ranks
-
-    @property
     def product_columns(self) -> int:
         """Numbers of a row of x in a product before it is finished: rows of Ŵ, and those of V in their
         places."""
-        padding = 0 if self.v_scale is None else self.v_scale.shape[-1]
-        return self.padded_rows + self.sidecar_places + padding
+        if self.u is None:
+            return self.padded_rows
+        tiles = ceil_div(self.padded_rows // ROW_UNIT, self.tile_units) if self.tile_units else 0
+        return self.padded_rows + tiles * self.sidecar_ranks + self.v_scale.shape[-1]
 
     @property
     def nbytes(self) -> int:

@@ -84,9 +84,8 @@ def sidecar_products(
     shape: tuple[int, int],
     asm: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """V x over some superblocks, f32, what its rows are to be multiplied by, and where they go among the
-    numbers of a product. (That these are loaded behind the loop and their factors before it makes 6 % of some
-    products' time, by the machine code that the compiler then finds: benchmarks/speed/NOTES.md.)
+    """V x over some superblocks, f32 in units of UNITS[0], the factors that take its rows from there to
+    diag(scale) V x, and where these go among the numbers of a product.
 
     Args:
         ref: with `v`, `v_scale` and `places`.
@@ -106,6 +105,7 @@ def sidecar_products(
 
     alive = row < plgpu.load(ref["places"].at[(*at, jnp.int32(ref["v_scale"].shape[-1]))])
     own = pl.ds(block * rows, rows)
+    # Here, and places behind the loop: 6 % of some products' time (NOTES.md on speed, "Machine code").
     scale = plgpu.load(ref["v_scale"].at[(*at, own)]) * (1 / UNITS[0])
 
     def superblock(i, total):

@@ -15,7 +15,7 @@ V_UNIT, U_UNIT = 64, 16
 """Rows of V are padded to a multiple of the first, ranks of U to a multiple of the second, so that the layers
 of a model differ in few shapes and their kernels are compiled once."""
 LARGEST_BLOCK = 128
-"""Rows of V that a program takes at most: it may run over the last one."""
+"""Rows that a program takes at most of a weight with a sidecar, and of its V, over whose end it may run."""
 
 
 class Gathered(NamedTuple):
@@ -70,8 +70,8 @@ def gather_sidecars(
     for block, index in zip(u_flat, u_index, strict=True):
         block[:, : index.shape[1]] = index
     tile_units = _tile_units(sidecars, rows, row_unit)
-    most = LARGEST_BLOCK * ceil_div(v_padded, LARGEST_BLOCK)
-    place = _places(ranged, most, stride, tile_units)
+    in_blocks = LARGEST_BLOCK * ceil_div(v_padded, LARGEST_BLOCK)
+    places = _places(ranged, in_blocks, stride, tile_units)
     traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(present))
     xp = jnp if traced else np
 
@@ -80,11 +80,11 @@ def gather_sidecars(
         return jnp.asarray(xp.concatenate([*(xp.asarray(leaf) for leaf in leaves), zero])[index])
 
     scale = xp.concatenate([xp.asarray(each.scale) for each in present]).astype(np.float32)
-    scale = jnp.asarray(xp.pad(scale, (0, most - v_rows))) * SIDECAR_UNIT
+    scale = jnp.asarray(xp.pad(scale, (0, in_blocks - v_rows))) * SIDECAR_UNIT
     return Gathered(
         v=gather([each.v for each in present], v_flat),
         v_scale=scale,
-        places=jnp.asarray(place),
+        places=jnp.asarray(places),
         u=gather([each.u for each in present], u_flat.reshape(-1, stride)),
         ranges=jnp.asarray(ranged),
         tile_units=tile_units,
@@ -109,8 +109,8 @@ def _places(ranges: np.ndarray, v_rows: int, stride: int, tile_units: int) -> np
     """`TritonWeight.places`; into `ranges` goes the first place of each block."""
     blocks = np.arange(len(ranges))
     ranges[:, 2] = blocks // tile_units * stride if tile_units else ranges[:, 0]
-    places = ceil_div(len(blocks), tile_units) * stride if tile_units else v_rows
-    found = places + np.arange(v_rows + 1, dtype=np.int32)
+    of_tiles = ceil_div(len(blocks), tile_units) * stride if tile_units else 0
+    found = of_tiles + np.arange(v_rows + 1, dtype=np.int32)
     found[-1] = max(ranges[:, 0] + ranges[:, 1])
     for first, count, place in ranges:
         found[first : first + count] = place + np.arange(count)

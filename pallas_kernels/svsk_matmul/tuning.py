@@ -9,6 +9,7 @@ from pathlib import Path
 from pallas_kernels.svsk_matmul.devices import is_hopper, target_device
 from pallas_kernels.svsk_matmul.layout import ceil_div
 from pallas_kernels.svsk_matmul.triton_layout import SUPERBLOCK, TritonWeight, padded
+from pallas_kernels.svsk_matmul.triton_sidecar import LARGEST_BLOCK
 
 FUSED_LIMIT = 129
 """Rows of x from which the weight is restored first (`docs/decisions/0004-kernels.md`)."""
@@ -41,8 +42,9 @@ class Blocks:
     """Rows of x that a program computes."""
 
     def misfits(self, weight: TritonWeight, m: int) -> list[str]:
-        """What does not divide the padded weight and m rows of x."""
-        return [
+        """What does not divide the padded weight and m rows of x, or is too tall for a sidecar."""
+        tall = self.rows > LARGEST_BLOCK and weight.v is not None
+        return [f"rows = {self.rows} is more than {LARGEST_BLOCK} with a sidecar"] * tall + [
             f"{name} = {part} does not divide {whole}"
             for name, part, whole in (
                 ("superblocks", self.superblocks, weight.superblocks),

@@ -222,8 +222,8 @@ def _exchange(model: Decoder, sequences: int) -> bool:
 def _over_devices(found: Product, axis: str | None) -> Product:
     """A product of columns that are divided over an axis, if there is one, with parts that XLA has summed.
 
-    Devices hold the same U and scales of the sidecar, which the next kernel applies: what is summed holds the
-    rows of V x as well. A few parts of one token are left to the next kernel too.
+    Devices hold the same U, which the next kernel applies, and have multiplied V x by the same scales: what
+    is summed holds these numbers as well. A few parts of one token are left to the next kernel too.
     """
     if axis is None:
         return found

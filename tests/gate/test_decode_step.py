@@ -46,9 +46,10 @@ def moved(text):
     ]
 
 
-def abstract_step(lengths, config=CONFIG, embedding="int8"):
+def abstract_step(lengths, config=CONFIG, embedding="int8", **form):
     weights = jax.eval_shape(
-        lambda key: lay_out_parameters(packed_parameters(config, key, embedding=embedding)), jax.random.key(0)
+        lambda key: lay_out_parameters(packed_parameters(config, key, embedding=embedding, **form)),
+        jax.random.key(0),
     )
     batch = BATCH if lengths is None else lengths.shape[0]
     keys = jax.ShapeDtypeStruct((batch, 16, config.num_kv_heads, config.head_dim), jnp.bfloat16)
@@ -149,11 +150,14 @@ def test_the_fused_step_over_two_devices(batch, by_boxes):
     check_nothing_large_moves(weights, text)
 
 
-@pytest.mark.parametrize("embedding", ["int8", "q4"])
-@pytest.mark.parametrize("batch", [1, BATCH])
-def test_the_fused_step(batch, embedding):
+@pytest.mark.parametrize(
+    ("batch", "embedding", "rank"),
+    # 64 texts have small programs of attention, or, with more ranks than these hold, large ones.
+    [(1, "int8", 9), (1, "q4", 9), (BATCH, "int8", 9), (BATCH, "q4", 9), (64, "int8", 9), (64, "int8", 40)],
+)
+def test_the_fused_step(batch, embedding, rank):
     tokens = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    weights, cache = abstract_step(tokens, embedding=embedding)
+    weights, cache = abstract_step(tokens, embedding=embedding, rank=rank)
 
     def fused(parameters, tokens, keys, values, lengths):
         logits, keys, values = fused_step(

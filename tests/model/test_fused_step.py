@@ -1,6 +1,7 @@
 """The decode step of few kernels gives the logits of the decoder."""
 
 import dataclasses
+from contextlib import contextmanager
 from functools import partial
 
 import jax
@@ -48,7 +49,7 @@ CONFIGS = {
     ),
     "eight queries for a key head": (
         dataclasses.replace(BASE, num_heads=8, qk_norm=True),
-        # The tile of keys begins at no multiple of two blocks.
+        # The tile of values begins at no multiple of two blocks.
         {"ranks": (1, 3), "tile": (128, 0)},
     ),
     "a head in 4 bits": (BASE, {"group": 32, "embedding": {"group": 16}}),
@@ -131,10 +132,22 @@ def test_sequences_of_different_lengths(name):
     assert jnp.max(jnp.where(untouched[:, :, None, None], difference, 0)) == 0
 
 
-def test_small_programs_of_attention(monkeypatch):
-    """As where there are many texts: three blocks of positions."""
-    monkeypatch.setattr(attention, "MANY", 0)
-    attention.attend.clear_cache()
+@contextmanager
+def as_of_many_texts():
+    """Attention as of many texts; yields warps of its launches, to which are added what is traced within."""
+    warps, launch = [], attention.launch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "MANY", 0)
+        patch.setattr(attention, "launch", lambda *a, **k: warps.append(k["warps"]) or launch(*a, **k))
+        attention.attend.clear_cache()
+        try:
+            yield warps
+        finally:
+            attention.attend.clear_cache()
+
+
+def test_small_programs_of_attention():
+    """Three blocks of positions."""
     exact, model = models("one key head of 64")
     tokens = jnp.asarray(np.random.default_rng(2).integers(0, 97, (8, 72)), jnp.int32)
     item, lengths = jnp.arange(8), jnp.asarray([0, 31, 32, 33, 63, 64, 70, 71], jnp.int32)
@@ -142,10 +155,11 @@ def test_small_programs_of_attention(monkeypatch):
     keys, values = (
         tuple(each.astype(model.dtype) for each in cache) for cache in (filled.keys, filled.values)
     )
-    logits, *_ = fused_step(model, tokens[item, lengths], keys, values, lengths, interpret=True)
+    with as_of_many_texts() as warps:
+        logits, *_ = fused_step(model, tokens[item, lengths], keys, values, lengths, interpret=True)
+    assert warps == [attention.WARPS_OF_MANY]
     expected = run(exact, tokens)[item, lengths]
     assert jnp.max(jnp.linalg.norm(logits - expected, axis=-1) / jnp.linalg.norm(expected, axis=-1)) < 1e-2
-    attention.attend.clear_cache()
 
 
 @pytest.mark.parametrize(

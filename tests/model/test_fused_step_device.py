@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_fused_step import CONFIGS, extend, models, run
+from test_fused_step import CONFIGS, as_of_many_texts, extend, models, run
 
-from pallas_kernels.decode_step import attention
 from pallas_kernels.svsk_matmul import why_no_triton
 from svsk_jax.model import KVCache
 from svsk_jax.model.fused_step import fused_step
@@ -29,12 +28,9 @@ def test_long_and_short_texts(name, batch):
     check(name, batch, step)
 
 
-def test_small_programs_of_attention(monkeypatch):
-    """As where there are many texts."""
-    monkeypatch.setattr(attention, "MANY", 0)
-    attention.attend.clear_cache()
-    check("heads of 128 with norms", 8, jax.jit(lambda *arguments: fused_step(*arguments)))
-    attention.attend.clear_cache()
+def test_small_programs_of_attention():
+    with as_of_many_texts():
+        check("one key head of 64", 8, jax.jit(lambda *arguments: fused_step(*arguments)))
 
 
 def check(name, batch, step):

@@ -59,6 +59,33 @@ def test_rows_of_v_that_pairs_of_blocks_share(rows, tile, paired):
 
 
 @pytest.mark.parametrize(
+    ("rows", "tile", "units"),
+    [
+        ((512, 256, 256), 128, 2),
+        ((512, 512), 0, 8),
+        ((512, 256, 256), 0, 0),
+        ((512, 64, 64), 128, 0),
+        ((320,), 128, 2),
+        ((200, 100), 100, 0),
+    ],
+)
+def test_places_that_tiles_tell(rows, tile, units):
+    rng = np.random.default_rng(0)
+    found = lay_out([random_weight(rng, n, 64, ranks=(3, 17), tile=(tile, 0)) for n in rows])
+    assert found.tile_units == units
+    first, count, place = found.ranges.T
+    places, alive = found.places[:-1], found.places[-1]
+    assert alive == jnp.max(first + count)
+    assert jnp.array_equal(place, jnp.arange(len(place)) // units * found.sidecar_ranks if units else first)
+    assert jnp.array_equal(places[first], place)
+    # A program stores the padding's numbers too.
+    assert len(set(places.tolist())) == len(places)
+    assert jnp.min(places) >= 0
+    assert jnp.max(places) < found.product_columns - found.padded_rows
+    assert jnp.max(place + count) <= found.product_columns - found.padded_rows
+
+
+@pytest.mark.parametrize(
     ("shape", "m"),
     # Each by one of the two kernels, the least by both.
     [((64, 256), 1), ((192, 576), 3), ((1, 1), 1), ((1, 1), 3), ((577, 31), 3), ((70, 1100), 1)],
@@ -102,7 +129,7 @@ def test_the_layout_holds_the_same_weight(form):
 def test_bytes_of_the_layout():
     weight = random_weight(np.random.default_rng(1), 512, 1024, ranks=16)
     # Scales take a byte instead of six bits, ranges and codebook of each 64 rows 28 bytes; V has 64 rows
-    # instead of 16, with f32 scales and places.
+    # instead of 16, with f32 scales and places (one more of these, the codebook one number less).
     assert lay_out(weight).nbytes == weight.nbytes + 512 * 64 // 4 + 8 * 28 + 48 * 1024 + 128 * 8 - 16 * 2
 
 
@@ -293,6 +320,9 @@ def test_refusals():
         svsk_matmul(x.astype(jnp.float32), weight, "triton_interpret")
     with pytest.raises(ValueError, match=r"superblocks = 3 does not divide 2, rows = 96 does not divide 128"):
         matmul(x, weight, blocks=Blocks(rows=96, superblocks=3, warps=2, batch=2))
+    tall = lay_out(random_weight(rng, 256, 300, ranks=2))
+    with pytest.raises(ValueError, match=r"rows = 256 is more than 128 with a sidecar"):
+        matmul(x, tall, blocks=Blocks(rows=256, superblocks=1, warps=4, batch=2))
     with pytest.raises(ValueError, match=r"batch = 1 is for one row of x, not 2"):
         matmul(x, weight, blocks=Blocks(rows=64, superblocks=1, warps=2), interpret=True)
     other = random_weight(rng, 70, 301)
