@@ -26,6 +26,7 @@ from pallas_kernels.svsk_matmul.layout import ceil_div
 from pallas_kernels.svsk_matmul.triton_layout import PLANE
 from pallas_kernels.svsk_matmul.triton_operands import Refs, abstract
 from pallas_kernels.svsk_matmul.triton_prepare import PLANES
+from pallas_kernels.svsk_matmul.triton_sidecar import Gathered
 
 ROUTER, CHOICE, ORDER, WEIGHED = "svsk_router", "svsk_choice", "svsk_order", "svsk_weighed"
 ROUTER_WARPS, CHOICE_WARPS, ORDER_WARPS, WEIGHED_WARPS = 4, 1, 4, 8
@@ -183,9 +184,7 @@ def finish_weighed(
         slots: experts of a token.
         interpret: run in interpret mode.
     """
-    bare = dataclasses.replace(
-        product.weight, v=None, v_scale=None, places=None, u=None, ranges=None, tile_units=0
-    )
+    bare = dataclasses.replace(product.weight, **Gathered()._asdict())
     rows, columns = product.parts.shape[1], product.weight.padded_rows
     [sums] = launch(
         partial(_weighed, product=abstract(product)),

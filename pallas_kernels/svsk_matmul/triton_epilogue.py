@@ -31,14 +31,12 @@ def _one_row(*refs, names: tuple[str, ...], parts: int, rows: int):
         y += plgpu.load(ref["products"].at[jnp.int32(part), slice(None), row])
     if "u" in ref:
         count, first = (plgpu.load(ref["ranges"].at[(*at, block, jnp.int32(i))]) for i in (1, 2))
-        u_row = block * ROW_UNIT + lax.broadcasted_iota(jnp.int32, (ROW_UNIT, RANKS), 0)
-        u_rank = lax.broadcasted_iota(jnp.int32, (ROW_UNIT, RANKS), 1)
         item = lax.broadcasted_iota(jnp.int32, (1, RANKS), 0)
         rank = lax.broadcasted_iota(jnp.int32, (1, RANKS), 1)
 
         def some(i, y):
             here = i * RANKS
-            u = plgpu.load(ref["u"].at[(*at, u_row, here + u_rank)]).astype(jnp.float32)
+            u = plgpu.load(ref["u"].at[(*at, row, pl.ds(here, RANKS))]).astype(jnp.float32)
             place, alive = first + here + rank, here + rank < count
             t = jnp.float32(0)
             for part in range(parts):
@@ -70,13 +68,12 @@ def _several_rows(*refs, names: tuple[str, ...], parts: int, rows: int):
     y = summed(row, True)
     if "u" in ref:
         count, first = (plgpu.load(ref["ranges"].at[(*at, block, jnp.int32(i))]) for i in (1, 2))
-        u_row = block * ROW_UNIT + lax.broadcasted_iota(jnp.int32, (ROW_UNIT, RANKS), 0)
-        u_rank = lax.broadcasted_iota(jnp.int32, (ROW_UNIT, RANKS), 1)
+        own = pl.ds(block * ROW_UNIT, ROW_UNIT)
         rank = lax.broadcasted_iota(jnp.int32, (1, RANKS), 1)
 
         def some(i, y):
             here = i * RANKS
-            u = plgpu.load(ref["u"].at[(*at, u_row, here + u_rank)]).astype(jnp.float32)
+            u = plgpu.load(ref["u"].at[(*at, own, pl.ds(here, RANKS))]).astype(jnp.float32)
             t = summed(rows + first + here + rank, here + rank < count)
             return y + plgpu.dot(t, u.T, precision=lax.Precision.HIGHEST)
 

@@ -163,22 +163,19 @@ def lay_out(weights: SVSKWeight | Sequence[SVSKWeight]) -> TritonWeight:
     rows = tuple(weight.shape[0] for weight in weights)
     width = SUPERBLOCK * ceil_div(weights[0].shape[1], SUPERBLOCK)
     sidecars = gather_sidecars([weight.sidecar for weight in weights], rows, width, ROW_UNIT)
+    if sidecars.v is not None:
+        sidecars = sidecars._replace(v=pack_byte_planes(sidecars.v))
     return TritonWeight(
         words=words,
         scales=scales,
         super_scales=supers,
         constants=constants,
-        v=None if sidecars is None else pack_byte_planes(sidecars.v),
-        v_scale=None if sidecars is None else sidecars.v_scale,
-        places=None if sidecars is None else sidecars.places,
-        u=None if sidecars is None else sidecars.u,
-        ranges=None if sidecars is None else sidecars.ranges,
         rows=rows,
         columns=weights[0].shape[1],
         group=group,
         companded=companded,
         paired=in_pairs([weight.sidecar for weight in weights], rows, ROW_UNIT),
-        tile_units=0 if sidecars is None else sidecars.tile_units,
+        **sidecars._asdict(),
     )
 
 

@@ -57,7 +57,6 @@ def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, asm: bool):
 
     def sidecar(plane, total):
         first, count = (plgpu.load(ref["ranges"].at[(*at, block, jnp.int32(i))]) for i in range(2))
-        u_row = block * ROW_UNIT + lax.broadcasted_iota(jnp.int32, (ROW_UNIT, RANKS), 0)
         u_rank = lax.broadcasted_iota(jnp.int32, (ROW_UNIT, RANKS), 1)
         v_rank = lax.broadcasted_iota(jnp.int32, (RANKS, PLANE), 0)
         column = lax.broadcasted_iota(jnp.int32, (RANKS, PLANE), 1)
@@ -65,7 +64,7 @@ def _kernel(*refs, names: tuple[str, ...], weight: TritonWeight, asm: bool):
         def some(i, total):
             here = i * RANKS
             alive = here + u_rank < count
-            u = plgpu.load(ref["u"].at[(*at, u_row, here + u_rank)]).astype(jnp.float32)
+            u = plgpu.load(ref["u"].at[(*at, row, pl.ds(here, RANKS))]).astype(jnp.float32)
             scale = plgpu.load(ref["v_scale"].at[(*at, first + here + u_rank)], mask=alive, other=0.0)
             # A power of two takes the largest factor to 1 to 2, so that all fit f16.
             bits = lax.bitcast_convert_type(jnp.max(jnp.abs(scale)), jnp.int32) & 0x7F800000

@@ -19,21 +19,21 @@ LARGEST_BLOCK = 128
 
 
 class Gathered(NamedTuple):
-    """What `TritonWeight` describes by these names, but V as int8 [R, columns]."""
+    """What `TritonWeight` describes by these names, but V as int8 [R, columns]; by default of no sidecar."""
 
-    v: Leaf
-    v_scale: Leaf
-    places: Leaf
-    u: Leaf
-    ranges: Leaf
-    tile_units: int
+    v: Leaf = None
+    v_scale: Leaf = None
+    places: Leaf = None
+    u: Leaf = None
+    ranges: Leaf = None
+    tile_units: int = 0
 
 
 def gather_sidecars(
     sidecars: Sequence[Sidecar | None], rows: Sequence[int], columns: int, row_unit: int
-) -> Gathered | None:
-    """The sidecars, or None if none has a rank. Concrete factors are gathered on the host: every layer has
-    ranks of its own, and a compiled gather would serve one layer.
+) -> Gathered:
+    """The sidecars, if one has a rank. Concrete factors are gathered on the host: every layer has ranks of
+    its own, and a compiled gather would serve one layer.
 
     Args:
         sidecars: of each weight.
@@ -43,7 +43,7 @@ def gather_sidecars(
     """
     present = [each for each in sidecars if each is not None and sum(map(sum, each.ranks))]
     if not present:
-        return None
+        return Gathered()
     sizes = np.cumsum([0, *(each.v.shape[0] for each in present)])
     u_sizes = np.cumsum([0, *(each.u.shape[0] for each in present)])
     v_index, u_index, ranges = [], [], []

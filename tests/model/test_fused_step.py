@@ -86,6 +86,12 @@ def models(name, dtype=jnp.float16):
     return exact, Decoder(config, lay_out_parameters(dict(parameters)), dtype)
 
 
+def cache_behind(tokens, exact, model, capacity):
+    """Keys and values of all layers, by the exact model, in the other's dtype."""
+    cache = extend(exact, tokens, KVCache.empty(model.config, len(tokens), capacity, exact.dtype))
+    return (tuple(each.astype(model.dtype) for each in part) for part in (cache.keys, cache.values))
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_one_sequence(name):
     exact, model = models(name)
@@ -116,10 +122,7 @@ def test_sequences_of_different_lengths(name):
     rng = np.random.default_rng(1)
     tokens = jnp.asarray(rng.integers(0, 97, (8, 6)), jnp.int32)
     lengths = jnp.asarray([0, 1, 2, 3, 4, 5, 0, 3], jnp.int32)
-    filled = extend(exact, tokens, KVCache.empty(model.config, 8, 128, exact.dtype))
-    filled_keys, filled_values = (
-        tuple(each.astype(model.dtype) for each in cache) for cache in (filled.keys, filled.values)
-    )
+    filled_keys, filled_values = cache_behind(tokens, exact, model, 128)
     item = jnp.arange(8)
     logits, keys, _ = step(model, tokens[item, lengths], filled_keys, filled_values, lengths)
     expected = run(exact, tokens)[item, lengths]
@@ -151,10 +154,7 @@ def test_small_programs_of_attention():
     exact, model = models("one key head of 64")
     tokens = jnp.asarray(np.random.default_rng(2).integers(0, 97, (8, 72)), jnp.int32)
     item, lengths = jnp.arange(8), jnp.asarray([0, 31, 32, 33, 63, 64, 70, 71], jnp.int32)
-    filled = extend(exact, tokens, KVCache.empty(model.config, 8, 72, exact.dtype))
-    keys, values = (
-        tuple(each.astype(model.dtype) for each in cache) for cache in (filled.keys, filled.values)
-    )
+    keys, values = cache_behind(tokens, exact, model, 72)
     with as_of_many_texts() as warps:
         logits, *_ = fused_step(model, tokens[item, lengths], keys, values, lengths, interpret=True)
     assert warps == [attention.WARPS_OF_MANY]

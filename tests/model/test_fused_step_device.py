@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_fused_step import CONFIGS, as_of_many_texts, extend, models, run
+from test_fused_step import CONFIGS, as_of_many_texts, cache_behind, models, run
 
 from pallas_kernels.svsk_matmul import why_no_triton
-from svsk_jax.model import KVCache
 from svsk_jax.model.fused_step import fused_step
 
 REASON = why_no_triton("bfloat16")
@@ -36,10 +35,7 @@ def test_small_programs_of_attention():
 def check(name, batch, step):
     exact, model = models(name)
     tokens = jnp.asarray(np.random.default_rng(3).integers(0, 97, (batch, LENGTHS[-1] + 1)), jnp.int32)
-    filled = extend(exact, tokens, KVCache.empty(model.config, batch, CAPACITY, exact.dtype))
-    keys, values = (
-        tuple(each.astype(model.dtype) for each in cache) for cache in (filled.keys, filled.values)
-    )
+    keys, values = cache_behind(tokens, exact, model, CAPACITY)
     item = jnp.arange(batch)
     logits = run(exact, tokens)
     for some in [LENGTHS] if batch > 1 else [[length] for length in LENGTHS]:
